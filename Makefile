@@ -1,0 +1,47 @@
+# tdxhw: every target sets up what it needs. `make test` is the whole gate; CI runs the same.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+SUITES ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-lab lint bench payloads uapi-headers clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv with everything in it, tdxhw too
+
+$(STAMP): pyproject.toml constraints.txt tools/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/setup.sh
+	@touch $@
+
+run: $(STAMP) ## Run the suites on the simulated /dev/kvm (SUITES="lifecycle ..." for some)
+	$(BIN)/tdxhw run --on sim $(SUITES)
+
+lint: $(STAMP) ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) lint ## The whole gate: lint, then every test
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not lab" tests
+	$(BIN)/tdxhw run --on sim
+
+test-lab: $(STAMP) ## The lab: real sshds, Ansible, a browser, an emulated VM (root; minutes)
+	sh tools/lab_packages.sh
+	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab --durations=10 tests/lab
+
+bench: $(STAMP) ## Measure the hot paths, each as a ratio within one run
+	$(BIN)/python -m bench $(BENCH)
+
+uapi-headers: ## Fetch kernel headers with KVM_TDX_* for the layout tests (Debian; nothing is installed)
+	$(PYTHON) tools/fetch_uapi_headers.py
+
+payloads: $(STAMP) ## Rebuild the guest payloads from their .S sources (needs binutils)
+	$(BIN)/python -m tdxhw.guest.build
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
