@@ -1,0 +1,1 @@
+"""What is soldered on the board: memory, registers, logical processors, keys."""
