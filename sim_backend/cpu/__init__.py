@@ -1,0 +1,1 @@
+"""How a guest's instructions run: engine, paging, event delivery."""

@@ -1,0 +1,1 @@
+"""Guest payloads: machine code sources, layout, boot stub."""
