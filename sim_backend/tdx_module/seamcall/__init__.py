@@ -1,0 +1,1 @@
+"""SEAMCALL leaf functions, one file each."""

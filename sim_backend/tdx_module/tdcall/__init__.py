@@ -1,0 +1,1 @@
+"""TDCALL leaf functions, one file each."""

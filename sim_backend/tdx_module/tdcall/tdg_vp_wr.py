@@ -1,0 +1,40 @@
+"""TDG.VP.WR."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim_backend.hw.gprs import R8, R9, RCX, RDX, Gprs
+from sim_backend.tdx_module import metadata, metadata_vp
+from sim_backend.tdx_module.errors import LeafError
+from sim_backend.tdx_module.metadata import Access, Context
+from uapi_ctypes.tdx_status import Operand, Status
+
+if TYPE_CHECKING:
+    from sim_backend.tdx_module.module import TdxModule
+    from sim_backend.tdx_module.tdvps import Tdvps
+
+
+def tdg_vp_wr(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> int:  # noqa: ARG001
+    """Write bits of a vCPU-scope metadata field of the calling vCPU.
+
+    ======= === ============================================================
+    Operand     Meaning
+    ======= === ============================================================
+    RCX     in  0
+    RDX     in  field id
+    R8      i/o value; out: old value
+    R9      in  mask of the bits to write
+    ======= === ============================================================
+
+    Spec: TDX Module ABI Reference, TDG.VP.WR.
+    """
+    assert tdvps.cpu is not None, "a running vCPU has a CPU"
+    gprs = tdvps.cpu.gprs
+    value = gprs[R8]
+    gprs[R8] = 0
+    if gprs[RCX]:
+        raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
+    field_id = metadata.with_context(gprs[RDX], Context.VP)
+    gprs[R8] = metadata_vp.write_element(module, tdvps, field_id, Access.GUEST, value, gprs[R9])
+    return 0

@@ -1,0 +1,1 @@
+"""What the module does with each VM exit of a TD."""

@@ -1,0 +1,116 @@
+"""What the module does with each VM exit of a TD: resume the guest, deliver an event, or leave to the host.
+
+Spec: TDX Module Base Spec, "TD VM Exits".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from sim_backend.cpu.engine import ExitReason
+from sim_backend.hw.gprs import Gprs
+from sim_backend.tdx_module import stepping
+from sim_backend.tdx_module.event_injection import EventInjected
+from sim_backend.tdx_module.nmi import arm_window
+from sim_backend.tdx_module.outcome import Outcome
+from sim_backend.tdx_module.td_exit import TdExit, advance_rip, async_exit
+from sim_backend.tdx_module.tdcall.dispatch import tdcall
+from sim_backend.tdx_module.vmexit.cpuid_exit import cpuid_exit
+from sim_backend.tdx_module.vmexit.cr_access_exit import cr_access_exit
+from sim_backend.tdx_module.vmexit.ept_exits import ept_misconfiguration, ept_violation
+from sim_backend.tdx_module.vmexit.event_exits import (
+    exception_or_nmi,
+    external_interrupt,
+    gp_fault,
+    nmi_window,
+    notify,
+    other_smi,
+    plain_exit,
+    rdpmc,
+    triple_fault,
+    ud_fault,
+    unexpected_exit,
+    virtualization_exception,
+)
+from sim_backend.tdx_module.vmexit.msr_exits import rdmsr_exit, wrmsr_exit
+from sim_backend.tdx_module.vmexit.xsetbv_exit import xsetbv_exit
+from uapi_ctypes.tdx_status import Status
+
+if TYPE_CHECKING:
+    from sim_backend.tdx_module.module import TdxModule
+    from sim_backend.tdx_module.tdvps import Tdvps
+
+ExitHandler: TypeAlias = "Callable[[TdxModule, int, Gprs, Tdvps], Outcome]"
+"""(module, LP, the host's registers, vCPU) -> outcome. May raise `TdExit` or `EventInjected` after the fact."""
+
+# fmt: off
+_R: Final = ExitReason
+HANDLERS: Final[dict[int, ExitHandler]] = {
+    _R.TDCALL: tdcall,
+    _R.CPUID: cpuid_exit,
+    _R.MSR_READ: rdmsr_exit,
+    _R.MSR_WRITE: wrmsr_exit,
+    _R.EPT_VIOLATION: ept_violation,
+    _R.EPT_MISCONFIGURATION: ept_misconfiguration,
+    _R.CR_ACCESS: cr_access_exit,
+    _R.XSETBV: xsetbv_exit,
+    _R.EXTERNAL_INTERRUPT: external_interrupt,
+    _R.EXCEPTION_OR_NMI: exception_or_nmi,
+    _R.TRIPLE_FAULT: triple_fault,
+    _R.OTHER_SMI: other_smi,
+    _R.NMI_WINDOW: nmi_window,
+    _R.NOTIFY: notify,
+    _R.RDPMC: rdpmc,
+    **dict.fromkeys((_R.TASK_SWITCH, _R.BUS_LOCK, _R.INIT), plain_exit),
+    **dict.fromkeys((
+        _R.IO_INSTRUCTION, _R.HLT, _R.INVD, _R.VMCALL, _R.WBINVD, _R.MWAIT, _R.MONITOR, _R.PCONFIG, _R.APIC_WRITE,
+    ), virtualization_exception),
+    **dict.fromkeys((
+        _R.GETSEC, _R.RSM, _R.VMCLEAR, _R.VMLAUNCH, _R.VMPTRLD, _R.VMPTRST, _R.VMREAD, _R.VMRESUME, _R.VMWRITE,
+        _R.VMXOFF, _R.VMXON, _R.INVEPT, _R.INVVPID, _R.VMFUNC, _R.ENCLS, _R.ENCLV, _R.ENQCMDS, _R.SEAMCALL,
+    ), ud_fault),
+    _R.ENQCMD: gp_fault,
+}
+# fmt: on
+
+_TD_EXIT: Final = Outcome.TD_EXIT
+_COMPLETED: Final = Outcome.COMPLETED
+
+
+def vmexit(module: TdxModule, lp: int, regs: Gprs) -> bool:
+    """Handle the VM exit of the vCPU that LP `lp` runs; see `TdxModule.vmexit`."""
+    tdvps = module.running[lp]
+    assert tdvps is not None, "only an LP in a TD has VM exits"
+    cpu = tdvps.cpu
+    assert cpu is not None, "a running vCPU has a CPU"
+    tdvps.last_exit_tsc = module.platform.rdtsc()
+    reason = cpu.exit.reason
+    if tdvps.tdr.fatal:
+        # Another LP found the TD unusable meanwhile: leave without touching its memory.
+        async_exit(
+            module,
+            lp,
+            regs,
+            tdvps,
+            reason,
+            status=Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE,
+            qualification=cpu.exit.qualification,
+            interruption=cpu.exit.interruption_info,
+        )
+        return True
+    if tdvps.possibly_epf_stepping and cpu.rip != tdvps.rip_on_entry:
+        stepping.reset(tdvps)
+    try:
+        outcome = HANDLERS.get(reason, unexpected_exit)(module, lp, regs, tdvps)
+    except EventInjected:
+        return False
+    except TdExit:
+        return True
+    if outcome == _TD_EXIT:
+        return True
+    if outcome == _COMPLETED:
+        if tdvps.pend_nmi and not tdvps.ve_info.valid:
+            arm_window(tdvps)
+        advance_rip(tdvps)
+    return False
