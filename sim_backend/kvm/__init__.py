@@ -1,0 +1,1 @@
+"""KVM as user space sees it: ioctls, memory slots, guest_memfd, exits."""

@@ -1,0 +1,147 @@
+"""A VM's interrupt controllers and how messages travel between them (`arch/x86/kvm/irq.c`, `irq_comm.c`).
+
+Split: local APICs only, the IOAPIC is user space's and interrupts come in as MSIs.
+Full: an 8259 pair and an IOAPIC too.
+"""
+
+import errno
+import threading
+from typing import TYPE_CHECKING, Final
+
+from sim_backend.kvm.errors import Errno
+from sim_backend.kvm.ioapic import Ioapic
+from sim_backend.kvm.lapic import MODE_LOWEST, LocalApic
+from sim_backend.kvm.pic import PicPair
+from sim_backend.kvm.routing import GsiRoute, GsiRoutes
+
+if TYPE_CHECKING:
+    from sim_backend.kvm.vcpu import Vcpu
+    from sim_backend.kvm.vm import Vm
+
+_BROADCAST: Final = 0xFFFF_FFFF
+_XAPIC_BROADCAST: Final = 0xFF
+
+
+class Irqchip:
+    """The in-kernel irqchip of one VM."""
+
+    def __init__(self, vm: "Vm", *, split: bool, reserved_pins: int = 0) -> None:
+        self.vm: Final = vm
+        self.split: Final = split
+        self.reserved_pins: Final = reserved_pins
+        self.lock: Final = threading.RLock()
+        self.pic: Final = None if split else PicPair(self)
+        self.ioapic: Final = None if split else Ioapic(self)
+        self.routes = GsiRoutes.split() if split else GsiRoutes.full()
+
+    def destroy(self) -> None:
+        """Let everything go, at VM destruction."""
+        self.routes = GsiRoutes.split()
+
+    # ---- messages ---------------------------------------------------------------------------------------
+
+    def deliver(
+        self,
+        destination: int,
+        *,
+        logical: bool,
+        mode: int,
+        vector: int,
+        level: bool = True,
+        trigger_level: bool = False,
+        shorthand: int = 0,
+        source: LocalApic | None = None,
+    ) -> int:
+        """Deliver a message to every local APIC that it names; return how many took it, -1 when none matched."""
+        vcpus = self.vm.vcpus
+        if shorthand == 1:
+            targets = [vcpu for vcpu in vcpus if vcpu.apic is source]
+        elif shorthand:
+            targets = [vcpu for vcpu in vcpus if shorthand == 2 or vcpu.apic is not source]
+        else:
+            targets = [vcpu for vcpu in vcpus if self._matches(vcpu, destination, logical, source)]
+        taken = -1 if not vcpus or self._is_broadcast(destination, source) else 0
+        if mode == MODE_LOWEST and not shorthand:
+            enabled = [vcpu for vcpu in targets if vcpu.apic is not None and vcpu.apic.sw_enabled]
+            if not enabled:
+                return taken if not targets else 0
+            targets = [min(enabled, key=lambda vcpu: vcpu.apic_arbitration)]
+            targets[0].apic_arbitration += 1
+        for vcpu in targets:
+            apic = vcpu.apic
+            if apic is not None:
+                taken = max(taken, 0) + apic.accept(mode, vector, level=level, trigger_level=trigger_level)
+        return taken
+
+    def send_ipi(self, source: LocalApic, icr_low: int, destination: int) -> None:
+        """Send what a local APIC's ICR says."""
+        self.deliver(
+            destination,
+            logical=bool(icr_low >> 11 & 1),
+            mode=icr_low >> 8 & 7,
+            vector=icr_low & 0xFF,
+            level=bool(icr_low >> 14 & 1),
+            trigger_level=bool(icr_low >> 15 & 1),
+            shorthand=icr_low >> 18 & 3,
+            source=source,
+        )
+
+    def send_msi(self, address_lo: int, address_hi: int, data: int, *, level: bool = True) -> int:
+        """Deliver an MSI. Raise ``Errno(EINVAL)`` where the 32-bit id format is broken."""
+        destination = address_lo >> 12 & 0xFF
+        if self.vm.x2apic_32bit_ids:
+            if address_hi & 0xFF:
+                raise Errno(errno.EINVAL)
+            destination |= address_hi & 0xFFFF_FF00
+        return self.deliver(
+            destination,
+            logical=bool(address_lo >> 2 & 1),
+            mode=data >> 8 & 7,
+            vector=data & 0xFF,
+            level=level,
+            trigger_level=bool(data >> 15 & 1),
+        )
+
+    def eoi_broadcast(self, vcpu: "Vcpu", vector: int) -> None:
+        """Tell the IOAPIC, or user space's, that a level-triggered vector ended."""
+        if self.ioapic is not None:
+            self.ioapic.end_of_interrupt(vector)
+        elif self.routes.split_level_vector(vcpu, vector):
+            vcpu.ioapic_eoi_vector = vector
+
+    # ---- GSIs -------------------------------------------------------------------------------------------
+
+    def set_irq(self, source: int, gsi: int, level: bool) -> int:
+        """Raise or lower a GSI on behalf of `source`; return the delivery result of kvm_set_irq()."""
+        result = -1
+        for route in self.routes.of(gsi):
+            taken = self._fire(route, source, level)
+            if taken >= 0:
+                result = taken + max(result, 0)
+        return result
+
+    def _fire(self, route: GsiRoute, source: int, level: bool) -> int:
+        if route.msi is not None:
+            return self.send_msi(*route.msi) if level else -1
+        with self.lock:
+            if route.chip == 2 and self.ioapic is not None:
+                return self.ioapic.set_irq(route.pin, source, level)
+            if self.pic is not None:
+                return self.pic.set_irq(route.pin + (8 if route.chip == 1 else 0), source, level)
+        return -1
+
+    # ---- destinations -----------------------------------------------------------------------------------
+
+    def _is_broadcast(self, destination: int, source: LocalApic | None) -> bool:
+        if destination == _BROADCAST:
+            return True
+        quirk = source is None and not self.vm.x2apic_broadcast_quirk_disabled
+        return destination == _XAPIC_BROADCAST and (quirk or (source is not None and not source.x2apic))
+
+    def _matches(self, vcpu: "Vcpu", destination: int, logical: bool, source: LocalApic | None) -> bool:
+        apic = vcpu.apic
+        if apic is None or not apic.hw_enabled:
+            return False
+        if self._is_broadcast(destination, source):
+            return True
+        return apic.matches_logical(destination) if logical else apic.matches_physical(destination)

@@ -1,0 +1,1 @@
+"""KVM's second-level page tables: mirror EPT, shared EPT, faults, zaps."""

@@ -1,0 +1,1 @@
+"""Host profiles, one YAML file each."""

@@ -1,0 +1,70 @@
+"""Noticing that a signal arrived while a thread was inside KVM_RUN.
+
+Python runs its handlers between bytecodes of the main thread, so a blocking call cannot see them. The C-level
+handler does write the signal's number to the wakeup descriptor, though, at once and in whichever thread. Here that
+descriptor is a memfd whose pages are mapped: reading one byte tells whether a signal came, without a system call.
+"""
+
+import fcntl
+import mmap
+import os
+import signal
+import threading
+from typing import Final
+
+_BYTES: Final = 1 << 16
+
+
+class SignalWatch:
+    """The process's wakeup descriptor. `mark` says where we are, `since` whether a signal came after that."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("kvm-signals", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, _BYTES)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_NONBLOCK)
+        self._bytes = mmap.mmap(self._fd, _BYTES)
+        self._position = 0
+        self._previous = -1
+        self._installed = False
+
+    def install(self) -> None:
+        """Become the wakeup descriptor when the caller is the main thread and we are not it yet."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        previous = signal.set_wakeup_fd(self._fd, warn_on_full_buffer=False)
+        if previous != self._fd:
+            self._previous = previous
+        self._installed = True
+
+    def mark(self) -> int:
+        """Return the current position, to be given to `since`."""
+        if not self._installed:
+            self.install()
+        position, received = self._position, self._bytes
+        while received[position]:
+            position += 1
+            if position >= _BYTES - 256:
+                return self._wrap()
+        self._position = position
+        return position
+
+    def since(self, mark: int) -> bool:
+        """Tell whether a signal with a Python handler arrived after `mark`; pass the bytes on if others wait."""
+        if not self._bytes[mark]:
+            return False
+        if self._previous >= 0:
+            end = mark
+            while self._bytes[end]:
+                end += 1
+            os.write(self._previous, self._bytes[mark:end])
+        return True
+
+    def _wrap(self) -> int:
+        self._bytes[:] = bytes(_BYTES)
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        self._position = 0
+        return 0
+
+
+SIGNALS: Final = SignalWatch()
+"""One per process, because the wakeup descriptor is."""

@@ -1,0 +1,1 @@
+"""KVM's TDX side: sub-commands, entry, TDVMCALL."""

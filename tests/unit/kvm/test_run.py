@@ -1,0 +1,176 @@
+"""KVM_RUN around the guest: signals, kicks from other threads, halting, timers."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+from sim_backend.kernel import SimKernel
+from tests.unit.kvm.small_vmm import CODE, SmallVm, errno_of, in_thread, ordinary_host, wait_until
+from uapi_ctypes.kvm_run import KvmExit
+
+ENDLESS_LOOP = b"\xeb\xfe"
+STI_HLT_OUT = b"\xfb\xf4\xe6\x80\xf4"  # sti; hlt; out 0x80, al; hlt
+IRET = b"\xcf"
+MSI = 0xFEE0_0000
+HALTED, UNINITIALIZED = 3, 1
+
+
+@pytest.fixture
+def alarm() -> object:
+    """Return a function that sends SIGALRM, with a handler, after a time [s]."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: None)
+    yield lambda delay_s: signal.setitimer(signal.ITIMER_REAL, delay_s)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_signal_ends_a_guest_that_loops(kernel: SimKernel, alarm: object) -> None:
+    with SmallVm(kernel, ENDLESS_LOOP) as small:
+        alarm(0.05)  # type: ignore[operator]
+        begin = time.monotonic()
+        assert errno_of(small.vcpu.run) == "EINTR"
+        assert small.vcpu.exit_reason == KvmExit.KVM_EXIT_INTR
+        assert 0.04 < time.monotonic() - begin < 1
+
+
+def test_a_signal_ends_a_halted_vcpu_and_leaves_it_halted(kernel: SimKernel, alarm: object) -> None:
+    with SmallVm(kernel, b"\xf4", split=True) as small:
+        alarm(0.05)  # type: ignore[operator]
+        assert errno_of(small.vcpu.run) == "EINTR"
+        assert small.vcpu.get_mp_state() == HALTED
+
+
+def test_what_a_signal_handler_raises_comes_out_of_the_call(kernel: SimKernel) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with SmallVm(kernel, ENDLESS_LOOP) as small:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                small.vcpu.run()
+            assert small.vcpu.get_regs().rip == CODE
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_a_signal_from_before_the_call_does_not_end_it(kernel: SimKernel, alarm: object) -> None:
+    with SmallVm(kernel) as small:
+        alarm(0.01)  # type: ignore[operator]
+        time.sleep(0.03)
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
+
+
+def test_immediate_exit_from_another_thread_ends_that_threads_guest(kernel: SimKernel) -> None:
+    with SmallVm(kernel, ENDLESS_LOOP) as small:
+        thread, result = in_thread(small.vcpu.run)
+        time.sleep(0.05)
+        assert thread.is_alive()
+        small.vcpu.kvm_run.immediate_exit = 1
+        thread.join(2)
+        assert result == ["EINTR"]
+
+
+def test_immediate_exit_runs_no_guest_instruction_and_leaves_the_exit_reason(kernel: SimKernel) -> None:
+    with SmallVm(kernel) as small:
+        small.vcpu.kvm_run.exit_reason = 77
+        small.vcpu.kvm_run.immediate_exit = 1
+        assert errno_of(small.vcpu.run) == "EINTR"
+        assert small.vcpu.exit_reason == 77
+        assert small.vcpu.get_regs().rip == CODE
+
+
+def test_the_ioctl_argument_of_run_must_be_zero(kernel: SimKernel) -> None:
+    with SmallVm(kernel) as small:
+        assert errno_of(lambda: kernel.ioctl(small.vcpu.fd, 0xAE80, 1)) == "EINVAL"
+
+
+def test_an_msi_wakes_a_halted_vcpu_and_its_handler_runs(kernel: SimKernel) -> None:
+    with SmallVm(kernel, STI_HLT_OUT, split=True) as small:
+        small.memory[4 * 0x41] = b"\x00\x12\x00\x00"  # IVT: vector 0x41 at 0:0x1200
+        small.memory[0x1200] = IRET
+        state = small.vcpu.get_lapic()
+        state.regs[0xF0:0xF2] = b"\xff\x01"  # SPIV: enabled
+        small.vcpu.set_lapic(state)
+        thread, result = in_thread(small.vcpu.run)
+        wait_until(lambda: kernel.host.vms[-1].vcpus[0].mp_state == HALTED)
+        assert small.vm.signal_msi(MSI, 0x41) == 1
+        thread.join(2)
+        assert result == [KvmExit.KVM_EXIT_IO]
+        assert small.vcpu.kvm_run.io.port == 0x80
+
+
+def test_an_msi_to_a_disabled_apic_is_taken_by_nobody(kernel: SimKernel) -> None:
+    with SmallVm(kernel, split=True) as small:
+        assert small.vm.signal_msi(MSI, 0x41) == 0
+        assert small.vm.signal_msi(MSI | 0x7F << 12, 0x41) == 0
+
+
+def test_an_application_processor_blocks_until_init_and_sipi(kernel: SimKernel) -> None:
+    with SmallVm(kernel, b"\xf4", split=True, n_vcpus=2) as small:
+        small.memory[0x2000] = b"\xe6\x81\xf4"  # out 0x81, al
+        second = small.vcpus[1]
+        assert second.get_mp_state() == UNINITIALIZED
+        thread, result = in_thread(second.run)
+        time.sleep(0.02)
+        assert thread.is_alive()
+        assert small.vm.signal_msi(MSI | 1 << 12, 5 << 8) == 1  # INIT
+        assert small.vm.signal_msi(MSI | 1 << 12, 6 << 8 | 2) == 1  # SIPI, page 2
+        thread.join(2)
+        assert result == ["EAGAIN"]
+        assert second.run() == KvmExit.KVM_EXIT_IO
+        assert second.kvm_run.io.port == 0x81
+
+
+def test_the_apic_timer_wakes_a_halted_vcpu(kernel: SimKernel) -> None:
+    with SmallVm(kernel, STI_HLT_OUT, split=True) as small:
+        small.memory[4 * 0x50] = b"\x00\x12\x00\x00"
+        small.memory[0x1200] = IRET
+        state = small.vcpu.get_lapic()
+        registers = {0xF0: 0x1FF, 0x320: 0x50, 0x3E0: 0xB, 0x380: 20_000_000}  # one shot, 20 ms at 1 ns
+        for offset, value in registers.items():
+            state.regs[offset : offset + 4] = value.to_bytes(4, "little")
+        small.vcpu.set_lapic(state)
+        begin = time.monotonic()
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_IO
+        assert 0.015 < time.monotonic() - begin < 0.5
+
+
+def test_more_running_vcpus_than_processors_all_get_their_turn() -> None:
+    kernel = SimKernel(ordinary_host(lps=1))
+    count_to_port = b"\xb9\x00\x00\x49\x75\xfd\xe6\x80\xf4"  # mov cx, 0; 1: dec cx; jnz 1b; out
+    with SmallVm(kernel, count_to_port, n_vcpus=3) as small:
+        runs = [in_thread(vcpu.run) for vcpu in small.vcpus]
+        for thread, result in runs:
+            thread.join(5)
+            assert result == [KvmExit.KVM_EXIT_IO]
+
+
+def test_deleting_memory_under_a_running_guest_stops_it_using_it(kernel: SimKernel) -> None:
+    with SmallVm(kernel, b"\xa0\x00\x20\xeb\xfb") as small:  # 1: mov al, [0x2000]; jmp 1b
+        thread, result = in_thread(small.vcpu.run)
+        time.sleep(0.03)
+        small.vm.set_user_memory_region(0, 0, 0, 0)
+        thread.join(2)
+        assert result == [KvmExit.KVM_EXIT_INTERNAL_ERROR]
+
+
+def test_the_run_page_is_consistent_for_a_thread_that_watches(kernel: SimKernel) -> None:
+    with SmallVm(kernel, b"\xe6\x10\xeb\xfc") as small:  # 1: out 0x10, al; jmp 1b
+        stop = threading.Event()
+        ports: set[int] = set()
+
+        def watch() -> None:
+            while not stop.is_set():
+                ports.add(small.vcpu.kvm_run.io.port)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        for _ in range(200):
+            assert small.vcpu.run() == KvmExit.KVM_EXIT_IO
+        stop.set()
+        thread.join()
+        assert ports <= {0, 0x10}
