@@ -1,0 +1,1 @@
+"""Lab hosts: inventory, SSH, leases, doctor."""
