@@ -53,6 +53,7 @@ class FaultySeam:
     def __init__(self, port: SeamPort) -> None:
         self.port: Final = port
         self.kick: Final = port.kick
+        self.interrupt: Final = port.interrupt
         self.invept: Final = port.invept
         self.answered: Final = Counter[str]()  # leaf name -> SEAMCALLs that were answered here
         self._answers: Final[dict[int, list[Answer]]] = {}

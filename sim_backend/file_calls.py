@@ -31,6 +31,9 @@ _munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 PROT_EXEC: Final = 4
 MAP_PRIVATE: Final = 2
+_MAP_TYPE: Final = 15
+_MAP_TYPES: Final = (1, MAP_PRIVATE, 3)  # MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE
+_SEEK_MAX: Final = 4  # SEEK_HOLE
 _MODES: Final = {"kvm": 0o20660, "kvm-gmem": 0o100600}
 _ANONYMOUS_MODE: Final = 0o600
 
@@ -80,6 +83,8 @@ class FileCalls:
         """Seek: a guest_memfd cannot, the others stay where they are."""
         file = self._simulated(fd)
         if file is not None:
+            if not 0 <= whence <= _SEEK_MAX:
+                raise KvmError("lseek", errno.EINVAL)
             if file.kind == "kvm-gmem":
                 raise KvmError("lseek", errno.ESPIPE)
             return 0
@@ -128,6 +133,8 @@ class FileCalls:
 
     @staticmethod
     def _check_mmap(file: OpenFile, prot: int, flags: int) -> None:
+        if flags & _MAP_TYPE not in _MAP_TYPES:
+            raise KvmError("mmap", errno.EINVAL)
         if prot & PROT_EXEC and file.kind != "kvm":
             raise KvmError("mmap", errno.EPERM)
         if isinstance(file.object, GuestMemfd):

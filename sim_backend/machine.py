@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sim_backend.cpu.engine import Cpu, CpuFactory
-from sim_backend.cpu.unicorn_engine import UnicornEngine
+from sim_backend.cpu.unicorn_engine import UnicornEngine, ensure_self_tested
 from sim_backend.faults import Fault, FaultError, Faults, FaultySeam
 from sim_backend.hw.gprs import R8, RAX, RCX, RDX, Gprs, new_gprs
 from sim_backend.hw.memory import PAGE_SIZE, PhysicalMemory
@@ -89,6 +89,7 @@ class Machine:
         available and arms these once the machine is up; None leaves SEAMCALLs the short way.
         """
         self.profile: Final = profile
+        ensure_self_tested()
         ram_bytes = profile.ram_bytes
         self.platform: Final[Platform] = load_platform(
             "golden",

@@ -8,9 +8,9 @@ and the first page that disagrees is named, with what each side says of it.
 Sits beside machine.py: nothing else may look into both models.
 """
 
-import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,16 +23,18 @@ from sim_backend.kvm.mmu.mirror_ept import MirrorEpt
 from sim_backend.kvm.tdx.ops import TdxOps
 from sim_backend.kvm.tdx.tdx_host import TdxHost
 from sim_backend.tdx_module.errors import SimBug
-from sim_backend.tdx_module.invariants import check_invariants
+from sim_backend.tdx_module.invariants import check_invariants, touched_entries
 from sim_backend.tdx_module.module import TdxModule
 from sim_backend.tdx_module.pamt import PageType
 from sim_backend.tdx_module.sept_states import FREE_ENTRY, HPA_MASK, PS, SeptState, state_of
 from sim_backend.tdx_module.tdr import LifecycleState, Tdr
+from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kernel import IoctlArg
 
 if TYPE_CHECKING:
     from sim_backend.kvm.vm import Vm
 
+_ALL_GFNS: Final = 1 << 40
 _NOTHING: Final = frozenset({SeptState.FREE, SeptState.REMOVED})
 _BLOCKED: Final = frozenset({SeptState.BLOCKED, SeptState.PENDING_BLOCKED})
 
@@ -112,12 +114,13 @@ class Oracle:
         mirror = td.mirror
         if mirror is None:
             return
-        for gfn in mirror.mapped_gfns(0, 1 << 40):
-            self._check_private_page(ops, gfn, mirror.lookup(gfn))
+        mirrored = {gfn: mirror.lookup(gfn) for gfn in mirror.mapped_gfns(0, _ALL_GFNS)}
+        for gfn, hpa in mirrored.items():
+            self._check_private_page(ops, gfn, hpa)
         tdr = module.tdrs.get(td.tdr)
         if tdr is not None and tdr.lifecycle_state == LifecycleState.KEYS_CONFIGURED:
             secure = read_secure_ept(module, tdr)
-            self._compare_leaves(ops, mirror, secure)
+            self._compare_leaves(ops, mirrored, secure)
             self._compare_tables(mirror, secure)
 
     def _check_control_pages(self, ops: TdxOps, module: TdxModule, owned: dict[int, str]) -> None:
@@ -184,8 +187,7 @@ class Oracle:
         if slot.window is not None and not slot.is_gmem_only() and hpa != slot.user_hpa(vm.host.memory, gfn):
             raise SimBug(f"{where}, its memory slot says HPA {slot.user_hpa(vm.host.memory, gfn):#x}")
 
-    def _compare_leaves(self, ops: TdxOps, mirror: MirrorEpt, secure: SecureEpt) -> None:
-        mirrored = {gfn: mirror.lookup(gfn) for gfn in mirror.mapped_gfns(0, 1 << 40)}
+    def _compare_leaves(self, ops: TdxOps, mirrored: dict[int, int], secure: SecureEpt) -> None:
         leaves = secure.leaves
         for gfn in sorted(mirrored.keys() | leaves.keys()):
             mine, (theirs, state) = mirrored.get(gfn), leaves.get(gfn, (None, SeptState.FREE))
@@ -216,7 +218,7 @@ class Oracle:
         ops = gmem.vm.ops
         mapped: set[int] = set()
         if isinstance(ops, TdxOps) and ops.td.mirror is not None:
-            mapped = {ops.td.mirror.lookup(gfn) for gfn in ops.td.mirror.mapped_gfns(0, 1 << 40)}
+            mapped = {ops.td.mirror.lookup(gfn) for gfn in ops.td.mirror.mapped_gfns(0, _ALL_GFNS)}
         for index, hpa in gmem.private_pages().items():
             what = f"page {index} of the guest_memfd with fd {gmem.fd}"
             _claim(owned, hpa, what)
@@ -259,21 +261,12 @@ class Oracle:
 
 def _module_pages(module: TdxModule) -> Iterator[tuple[int, int, int]]:
     """Yield (HPA, type, owner) of every 4 KiB page that PAMT says is in use."""
-    memory, pamt = module.memory, module.pamt
+    pamt = module.pamt
     for tdmr in module.tdmrs:
-        at, end = tdmr.pamt_4k_base, tdmr.pamt_4k_base + (tdmr.size >> 12) * 16
-        while at < end:
-            try:
-                at = os.lseek(memory.fd, at, os.SEEK_DATA) & -4096
-            except OSError:  # ENXIO: nothing was written from here on
-                break
-            stop = min(at + 4096, end)
-            for offset, word in enumerate(memory.q[at >> 3 : stop >> 3 : 2].tolist()):
-                if word >> 16 & 0xFF > PageType.RSVD:
-                    hpa = tdmr.base + ((at - tdmr.pamt_4k_base) // 16 + offset << 12)
-                    entry = pamt.entry_4k(hpa)
-                    yield hpa, pamt.page_type(entry), pamt.owner(entry)
-            at = stop
+        for hpa, word in touched_entries(module.memory, tdmr, 0):
+            if word >> 16 & 0xFF > PageType.RSVD:
+                entry = pamt.entry_4k(hpa)
+                yield hpa, pamt.page_type(entry), pamt.owner(entry)
 
 
 def _claim(owned: dict[int, str], hpa: int, what: str, *, again: bool = False) -> None:
@@ -297,35 +290,34 @@ class CheckedKernel(SimKernel):
 
     def ioctl(self, fd: int, request: int, arg: IoctlArg = 0) -> int:
         """Issue `request`; raise `KvmError`, or `SimBug` when the models disagree afterwards."""
-        self._begin()
-        try:
+        with self._checked():
             return super().ioctl(fd, request, arg)
-        finally:
-            self._end()
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """Allocate or punch; raise `KvmError` or `SimBug`."""
-        self._begin()
-        try:
+        with self._checked():
             super().fallocate(fd, mode, offset, length)
-        finally:
-            self._end()
 
     def close(self, fd: int) -> None:
         """Close `fd`; raise `KvmError` or `SimBug`."""
-        self._begin()
-        try:
+        with self._checked():
             super().close(fd)
-        finally:
-            self._end()
 
-    def _begin(self) -> None:
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
         with self._count_lock:
             self._under_way += 1
-
-    def _end(self) -> None:
-        # The lock is held while the models are compared, so no other call can begin meanwhile.
-        with self._count_lock:
-            self._under_way -= 1
-            if not self._under_way:
-                self.oracle.check()
+        crashed = False
+        try:
+            yield
+        except KvmError:
+            raise
+        except BaseException:
+            crashed = True  # that is what to report: the models were left in the middle of something
+            raise
+        finally:
+            # The lock is held while the models are compared, so no other call can begin meanwhile.
+            with self._count_lock:
+                self._under_way -= 1
+                if not self._under_way and not crashed:
+                    self.oracle.check()

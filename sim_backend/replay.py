@@ -16,6 +16,7 @@ from sim_backend.hw.platform import Platform, load_platform
 from sim_backend.tdx_module.cpuid_virtualization import cpuid_index
 from sim_backend.tdx_module.locks import HP_READER, READER, HostPriorityLock, SharexLock
 from sim_backend.tdx_module.module import TdxModule
+from sim_backend.tdx_module.not_modelled import NotModelled
 from sim_backend.tdx_module.profile import load_profile
 from sim_backend.tdx_module.tdcs import MSR_BITMAP_PAGE
 from sim_backend.tdx_module.tdr import Tdr
@@ -30,7 +31,7 @@ from sim_backend.vector_comparison import (
     same_registers,
 )
 from sim_backend.vector_file import Record, ReplayFormatError, read_records
-from sim_backend.vector_state import held, native_msrs, released
+from sim_backend.vector_state import adopt_uuids, held, native_msrs, released
 from uapi_ctypes.tdx_leaves import SeamcallLeaf
 
 __all__ = ["Divergence", "Record", "ReplayFormatError", "Replayer", "read_records", "replay"]
@@ -56,6 +57,10 @@ class Divergence:
     def note(self) -> str:
         """What the recorder said the record is about, or nothing."""
         return str(self.record.get("note", ""))
+
+
+class StateError(LookupError):
+    """A record acts on something that the module does not have: a running TD, a TDR, a PAMT block."""
 
 
 class Replayer:
@@ -128,6 +133,7 @@ class Replayer:
         self._holds = []
         platform.clock = self._clock
         platform.tsc_hz = 1_000_000_000
+        platform.report_key = None  # the recorder's CPU makes no MACs
         self._platform = platform
         self._memory = PhysicalMemory(platform.ram_bytes)
         self._module = TdxModule(platform, self._memory, self._profile, StaticCpus())
@@ -164,7 +170,7 @@ class Replayer:
     def _pamt_entry(self, hold: Record) -> int:
         page = _number(hold["arg"])
         if page >> 30 not in self.module.pamt.blocks:
-            raise ValueError(f"no initialised PAMT covers HPA {page:#x}")
+            raise StateError(f"no initialised PAMT covers HPA {page:#x}")
         return self.module.pamt.entry(page, _number(hold.get("size", 0)))
 
     def _seamcall(self, record: Record) -> str | None:
@@ -176,8 +182,10 @@ class Replayer:
         leaf = regs[RAX] & 0xFFFF
         if leaf == SeamcallLeaf.TDH_MNG_INIT:
             self._last_init = regs[RCX]
-        elif leaf in METADATA_SEAMCALLS and is_not_compared(regs[RDX]):
+        elif leaf in METADATA_SEAMCALLS and is_not_compared(regs[RDX], METADATA_SEAMCALLS[leaf]):
             return self._seamcall_without_value(record)
+        elif leaf == SeamcallLeaf.TDH_SERVTD_BIND and record.get("rax") == "0x0":
+            adopt_uuids(module, record)
         entered = module.seamcall(self._lp(record), regs)
         if record["res"] == "ret":
             if not entered:
@@ -221,11 +229,12 @@ class Replayer:
             cpu.state.efer |= _EFER_LMA
             cpu.state.cs.ar |= _CS_L
             cpu.state.ss.ar &= ~_DPL
+        cpu.take_injected()  # what the last entry delivered
         exit_ = cpu.exit
         not_compared = False
         if record["op"] == "tdcall":
-            leaf = cpu.gprs[RAX] & 0xFFFF
-            not_compared = leaf in METADATA_TDCALLS and is_not_compared(cpu.gprs[RDX])
+            context = METADATA_TDCALLS.get(cpu.gprs[RAX] & 0xFFFF)
+            not_compared = context is not None and is_not_compared(cpu.gprs[RDX], context)
             exit_.reason, exit_.instruction_length = _TDCALL, 4
             exit_.qualification = exit_.gpa = exit_.gla = 0
             exit_.interruption_info = exit_.instruction_info = 0
@@ -244,10 +253,11 @@ class Replayer:
                 return None
             return self._describe(record, regs if left else cpu.gprs, entered=not left)
         injected = cpu.take_injected()
-        guest = record["guest"]
-        if not_compared and not left:
-            guest = {**guest, "r8": hex(cpu.gprs[R8])}
-        same = not left and same_registers(guest, cpu.gprs, GUEST_OUTPUTS)
+        guest, gprs = record["guest"], cpu.gprs
+        if not_compared:
+            guest, gprs = {name: value for name, value in guest.items() if name != "r8"}, cpu.gprs[:]
+            gprs[R8] = 0
+        same = not left and same_registers(guest, gprs, GUEST_OUTPUTS)
         wanted = _number(record.get("inject", 0)), _number(record.get("inject_err", 0))
         if same and (injected, cpu.injected_error if injected else 0) == wanted:
             return self._compare_memory(record) if "mem" in record else None
@@ -255,11 +265,6 @@ class Replayer:
 
     def _describe(self, record: Record, regs: Gprs, *, entered: bool, injected: int = 0) -> str:
         """Return the expected and the actual answer, a line each."""
-        wanted = {"rax": record["rax"]} if "rax" in record else {}
-        wanted.update(record.get("out") or record.get("guest") or {})
-        expected = " ".join([record["res"], *(f"{name}={value}" for name, value in wanted.items())])
-        if "inject" in record:
-            expected += f" inject={record['inject']}"
         outputs = GUEST_OUTPUTS if entered else TD_EXIT_OUTPUTS
         got = "td_entry or guest" if entered else "ret or td_exit"
         if not entered:
@@ -267,19 +272,27 @@ class Replayer:
         got += "".join(f" {name}={regs[index]:#x}" for name, index in outputs if regs[index])
         if injected:
             got += f" inject={injected:#x}"
-        return f"{expected}\n{got}"
+        return f"{_recorded_answer(record)}\n{got}"
 
     # Looks at state
 
     def _msr_native(self, record: Record) -> str | None:
-        tdvps = next(each for each in self.module.running if each is not None)
+        tdvps = next((each for each in self.module.running if each is not None), None)
+        if tdvps is None:
+            raise StateError("no LP runs a TD")
         exits = tdvps.tdr.tdcs.msr_bitmap.exits(_number(record["msr"]), bool(record["wr"]))
         return "native\nintercepted" if exits else None
 
     def _configured_tdr(self) -> Tdr:
         if self._last_init is None:
             raise LookupError("no TDH.MNG.INIT before")
-        return self.module.tdrs[self._last_init]
+        return self._tdr(self._last_init)
+
+    def _tdr(self, hpa: int) -> Tdr:
+        tdr = self.module.tdrs.get(hpa)
+        if tdr is None:
+            raise StateError(f"there is no TDR at HPA {hpa:#x}")
+        return tdr
 
     def _virt_cpuid(self, record: Record) -> str | None:
         tdcs = self._configured_tdr().tdcs
@@ -312,7 +325,7 @@ class Replayer:
             return self.module.global_lock
         if what == "kot":
             return self.module.kot.lock
-        tdcs = self.module.tdrs[_number(record["arg"])].tdcs
+        tdcs = self._tdr(_number(record["arg"])).tdcs
         lock: SharexLock | HostPriorityLock = getattr(tdcs, what)
         return lock
 
@@ -346,7 +359,10 @@ class Replayer:
     # Bulk
 
     def _tdmr_init_all(self, record: Record) -> str | None:
-        calls, rdx = self.module.tdmr_init_all(_number(record["tdmr"]))
+        try:
+            calls, rdx = self.module.tdmr_init_all(_number(record["tdmr"]))
+        except LookupError as error:
+            raise StateError(*error.args) from None
         expected = record.get("calls", calls), _number(record.get("last_rdx", rdx))
         if (calls, rdx) == expected:
             return None
@@ -373,8 +389,15 @@ def _hex(lists: list[list[int]]) -> str:
 def _cpu(module: TdxModule, lp: int) -> StaticCpu:
     tdvps = module.running[lp]
     if tdvps is None or not isinstance(tdvps.cpu, StaticCpu):
-        raise LookupError(f"LP {lp} runs no TD")
+        raise StateError(f"LP {lp} runs no TD")
     return tdvps.cpu
+
+
+def _recorded_answer(record: Record) -> str:
+    wanted = {"rax": record["rax"]} if "rax" in record else {}
+    wanted.update(record.get("out") or record.get("guest") or {})
+    answer = " ".join([record.get("res", "no answer"), *(f"{name}={value}" for name, value in wanted.items())])
+    return f"{answer} inject={record['inject']}" if "inject" in record else answer
 
 
 def _is_from_the_module(error: BaseException) -> bool:
@@ -390,18 +413,25 @@ def _is_from_the_module(error: BaseException) -> bool:
 def replay(path: Path, *, profile: str = "1.5.01") -> Iterator[tuple[Record, Divergence | None]]:
     """Replay one file; yield each record with its divergence.
 
-    Raise `ReplayFormatError` on a malformed or truncated file, `NotModelled` where the model knows too little, and
-    ``OSError`` when the file cannot be read.
+    What the model does not know is a divergence too, and so is a record that acts on what an earlier divergence left
+    undone. Raise `ReplayFormatError` on a malformed or truncated file, ``OSError`` when it cannot be read.
     """
     replayer = Replayer(profile=profile)
+    derailed = False  # some record since the last reset was answered differently
     try:
         for line, record in enumerate(read_records(path), 1):
             try:
                 divergence = replayer.apply(record)
-            except (ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
-                if _is_from_the_module(error):
+            except NotModelled as error:
+                divergence = Divergence(record, _recorded_answer(record), str(error))
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                if derailed and isinstance(error, StateError):
+                    divergence = Divergence(record, _recorded_answer(record), f"after an earlier divergence: {error}")
+                elif _is_from_the_module(error):
                     raise
-                raise ReplayFormatError(line, f"malformed {record['op']!r} record: {error!r}") from error
+                else:
+                    raise ReplayFormatError(line, f"malformed {record['op']!r} record: {error!r}") from error
+            derailed = (derailed and record["op"] != "reset") or divergence is not None
             yield record, divergence
     finally:
         replayer.close()

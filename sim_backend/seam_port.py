@@ -11,6 +11,9 @@ from sim_backend.cpu.engine import Cpu, ExitReason
 from sim_backend.hw.gprs import Gprs
 from sim_backend.tdx_module.module import TdxModule
 
+RESCHEDULE_VECTOR: Final = 0xFD
+"""The IPI that only makes an LP look around (`arch/x86/include/asm/irq_vectors.h`)."""
+
 
 class SeamPort:
     """Executes SEAMCALLs of all logical processors; satisfies `sim_backend.kvm.seam.Seam`.
@@ -21,7 +24,7 @@ class SeamPort:
     def __init__(self, module: TdxModule) -> None:
         self.module: Final = module
         self._lock: Final = threading.Lock()
-        self._kicked: Final = [False] * len(module.platform.lps)
+        self._arrived: Final[list[set[int]]] = [set() for _ in module.platform.lps]  # vectors that wait at each LP
         self._stale: Final[set[Cpu]] = set()  # they ran when the shared EPT changed
 
     def seamcall(self, lp: int, regs: Gprs) -> None:
@@ -37,13 +40,14 @@ class SeamPort:
         self._run_td(lp, regs)
 
     def _run_td(self, lp: int, regs: Gprs) -> None:
-        module, lock, kicked = self.module, self._lock, self._kicked
+        module, lock, arrived = self.module, self._lock, self._arrived[lp]
         vcpu = module.running[lp]
         assert vcpu is not None
         cpu = vcpu.cpu
         assert cpu is not None
-        if kicked[lp]:
-            cpu.kick()
+        if arrived:
+            for vector in tuple(arrived):
+                cpu.external_interrupt(vector)
         try:
             while True:
                 if cpu in self._stale:
@@ -61,14 +65,19 @@ class SeamPort:
                     module.vmexit(lp, regs)
             raise
         finally:
-            kicked[lp] = False
+            if arrived:
+                arrived.clear()  # the host's handlers have run
 
     def kick(self, lp: int) -> None:
         """Send an IPI to `lp`: a TD that runs there, or is about to, exits soon. Callable from any thread."""
-        self._kicked[lp] = True
+        self.interrupt(lp, RESCHEDULE_VECTOR)
+
+    def interrupt(self, lp: int, vector: int) -> None:
+        """Send an IPI with `vector` to `lp`. A TD there exits, or posts interrupts. Callable from any thread."""
+        self._arrived[lp].add(vector)
         vcpu = self.module.running[lp]
         if vcpu is not None and vcpu.cpu is not None:
-            vcpu.cpu.kick()
+            vcpu.cpu.external_interrupt(vector)
 
     def invept(self, lp: int) -> None:
         """Execute INVEPT: no TD keeps a translation through the shared EPT as it was; `lp` does not matter.

@@ -3,6 +3,7 @@
 from typing import Final
 
 from sim_backend.hw.gprs import GPR_NAMES, RAX, RSP, Gprs
+from sim_backend.tdx_module.metadata import Context
 from uapi_ctypes.tdx_leaves import SeamcallLeaf, TdcallLeaf
 
 Outputs = tuple[tuple[str, int], ...]
@@ -15,22 +16,27 @@ HOST_OUTPUTS: Final[Outputs] = tuple((name, INDEX[name]) for name in _HOST_NAMES
 TD_EXIT_OUTPUTS: Final[Outputs] = tuple((name, index) for name, index in INDEX.items() if index not in {RAX, RSP})
 GUEST_OUTPUTS: Final[Outputs] = tuple((name, index) for name, index in INDEX.items() if index != RSP)
 
-METADATA_SEAMCALLS: Final = frozenset({
-    SeamcallLeaf.TDH_MNG_RD, SeamcallLeaf.TDH_MNG_WR, SeamcallLeaf.TDH_VP_RD, SeamcallLeaf.TDH_VP_WR,
-})  # fmt: skip
-METADATA_TDCALLS: Final = frozenset({
-    TdcallLeaf.TDG_VM_RD, TdcallLeaf.TDG_VM_WR, TdcallLeaf.TDG_VP_RD, TdcallLeaf.TDG_VP_WR,
-})  # fmt: skip
+_TD, _VP = Context.TD, Context.VP
+METADATA_SEAMCALLS: Final[dict[int, Context]] = {
+    SeamcallLeaf.TDH_MNG_RD: _TD, SeamcallLeaf.TDH_MNG_WR: _TD, SeamcallLeaf.TDH_VP_RD: _VP,
+    SeamcallLeaf.TDH_VP_WR: _VP,
+}  # fmt: skip
+METADATA_TDCALLS: Final[dict[int, Context]] = {
+    TdcallLeaf.TDG_VM_RD: _TD, TdcallLeaf.TDG_VM_WR: _TD, TdcallLeaf.TDG_VP_RD: _VP, TdcallLeaf.TDG_VP_WR: _VP,
+    TdcallLeaf.TDG_SERVTD_RD: _TD, TdcallLeaf.TDG_SERVTD_WR: _TD,
+}  # fmt: skip
+"""Leaves that show a field of that context in R8."""
+
 _NOT_COMPARED_FIELDS: Final = frozenset({
-    *range(0x8010_0003_0000_0020, 0x8010_0003_0000_0024),  # TD_UUID
-    *range(0x1110_0003_0000_000A, 0x1110_0003_0000_000E),  # TSC offset, multiplier and frequency, virtual TSC
-    *range(0x9810_0003_0000_0010, 0x9810_0003_0000_0020),  # migration keys
-    0x0024_0003_0000_2010,  # TD VMCS: TSC offset
-    0x0024_0003_0000_2032,  # TD VMCS: TSC multiplier
-    0xA020_0003_0000_000A,  # LAST_EXIT_TSC
+    *((_TD, 0, code) for code in range(0x20, 0x24)),  # TD_UUID
+    (_TD, 0x11, 0x0A),  # TSC_OFFSET
+    (_TD, 0x11, 0x0B),  # TSC_MULTIPLIER
+    *((_TD, 0x18, code) for code in range(0x10, 0x20)),  # migration keys
+    (_VP, 0, 0x2010),  # TD VMCS: TSC offset
+    (_VP, 0, 0x2032),  # TD VMCS: TSC multiplier
+    (_VP, 0x20, 0x0A),  # LAST_EXIT_TSC
 })  # fmt: skip
-"""Metadata fields whose values come from the recorder's TSC or random numbers."""
-_CONTEXT_CODE: Final = 7 << 52
+"""Context, class and code of the fields whose values come from the recorder's TSC or random numbers."""
 
 
 def same_registers(expected: dict[str, str], regs: Gprs, outputs: Outputs) -> bool:
@@ -46,9 +52,6 @@ def same_registers(expected: dict[str, str], regs: Gprs, outputs: Outputs) -> bo
     return matched == len(expected)
 
 
-def is_not_compared(field_id: int) -> bool:
-    """Tell whether a metadata field is one of `_NOT_COMPARED_FIELDS`; a context code of 0 stands for any."""
-    return field_id in _NOT_COMPARED_FIELDS or (
-        not field_id & _CONTEXT_CODE
-        and (field_id | 1 << 52 in _NOT_COMPARED_FIELDS or field_id | 2 << 52 in _NOT_COMPARED_FIELDS)
-    )
+def is_not_compared(field_id: int, context: Context) -> bool:
+    """Tell whether a metadata field is one of `_NOT_COMPARED_FIELDS`; the other bits of its id do not matter."""
+    return (context, field_id >> 56 & 0x3F, field_id & 0xFF_FFFF) in _NOT_COMPARED_FIELDS

@@ -1,6 +1,12 @@
-"""Locks that a record says another LP holds, and MSR bitmaps: state of the module as vectors show it."""
+"""State of the module as vectors show it: locks that another LP holds, MSR bitmaps, TD_UUIDs."""
+
+from typing import Any
 
 from sim_backend.tdx_module.locks import EXCLUSIVE, HOST_PRIORITY, HP_READER, READER
+from sim_backend.tdx_module.module import TdxModule
+from sim_backend.tdx_module.servtd import MAX_SERVTDS
+
+_U64_END = 1 << 64
 
 
 def held(word: int, mode: str, reader: int) -> int:
@@ -36,3 +42,18 @@ def native_msrs(bitmap: bytes) -> list[int]:
         for bit in range(8)
         if not value >> bit & 1
     ]
+
+
+def adopt_uuids(module: TdxModule, bind: dict[str, Any]) -> None:
+    """Give the two TDs of a recorded TDH.SERVTD.BIND that succeeded the TD_UUIDs that the recorder drew for them.
+
+    UUIDs are random and not compared, but the service TD calls on with the handle and the UUID that it was given.
+    """
+    target_hpa, service_hpa = (int(bind["in"].get(name, "0"), 16) for name in ("rcx", "rdx"))
+    slot = int(bind["in"].get("r8", "0"), 16)
+    target, service = module.tdrs.get(target_hpa), module.tdrs.get(service_hpa)
+    if target is None or service is None or slot >= MAX_SERVTDS:
+        return
+    handle, *uuid = (int(bind["out"].get(name, "0"), 16) for name in ("rcx", "r10", "r11", "r12", "r13"))
+    target.td_uuid[:] = uuid
+    service.td_uuid[0] = (handle - (target_hpa | slot)) % _U64_END

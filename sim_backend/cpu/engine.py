@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from sim_backend.cpu.virtual_apic import VirtualApic
 from sim_backend.hw.gprs import Gprs
 
 
@@ -46,10 +47,13 @@ class ExitReason(IntEnum):
     IO_INSTRUCTION = 30
     MSR_READ = 31
     MSR_WRITE = 32
+    FAILED_ENTRY_GUEST_STATE = 33
     MWAIT = 36
     MONITOR_TRAP_FLAG = 37
     MONITOR = 39
     PAUSE = 40
+    FAILED_ENTRY_MACHINE_CHECK = 41
+    C_STATE_SMI = 42
     EPT_VIOLATION = 48
     EPT_MISCONFIGURATION = 49
     INVEPT = 50
@@ -158,7 +162,8 @@ class Cpu(Protocol):
     takes effect at the next `run`. CPUID, HLT, I/O, INVD, WBINVD, MONITOR, MWAIT, RDPMC, XSETBV, VMX
     and SEAM instructions, CR0/CR4/CR8 writes, and MSR
     accesses that the policy says, always exit with RIP *at* the
-    instruction and `instruction_length` set; the handler advances RIP.
+    instruction and `instruction_length` set; the handler advances RIP. With a `virtual_apic`, CR8 is its TPR and
+    does not exit, nor does the interrupt window, and the x2APIC MSRs that the policy leaves to the CPU are its own.
     """
 
     gprs: Gprs
@@ -168,6 +173,7 @@ class Cpu(Protocol):
     second_level: SecondLevel
     msr_policy: MsrPolicy
     exception_bitmap: int  # guest exceptions (bit = vector) that exit instead of being delivered
+    virtual_apic: VirtualApic | None  # None: no APIC virtualization
 
     def get_state(self) -> CpuState:
         """Return a copy of the rest of the architectural state."""
@@ -203,6 +209,13 @@ class Cpu(Protocol):
 
     def kick(self) -> None:
         """Make the current or the next `run` end soon. May be called from any thread."""
+        ...
+
+    def external_interrupt(self, vector: int) -> None:
+        """Make an external interrupt arrive: the notification vector of `virtual_apic` is processed, others `kick`.
+
+        May be called from any thread.
+        """
         ...
 
     def invalidate(self) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu import unicorn_internals as u
+from sim_backend.cpu.virtual_apic import X2APIC_MSRS
 
 if TYPE_CHECKING:
     from sim_backend.cpu.unicorn_cpu import UnicornCpu
@@ -30,6 +31,8 @@ def read_msr(cpu: "UnicornCpu", msr: int) -> int:
     base = _BASES.get(msr)
     if base is not None:
         return cpu.quads[base]
+    if msr in X2APIC_MSRS and cpu.virtual_apic is not None:
+        return cpu.virtual_apic.read_msr(msr)
     value = cpu.msrs[msr]
     mirror = MIRRORED.get(msr)
     if mirror is not None:
@@ -39,7 +42,7 @@ def read_msr(cpu: "UnicornCpu", msr: int) -> int:
 
 
 def write_msr(cpu: "UnicornCpu", msr: int, value: int) -> None:
-    """Store into the MSR; raise ``KeyError`` or ``ValueError`` where the CPU raises #GP."""
+    """Store into the MSR; raise ``KeyError`` or ``ValueError`` where the CPU raises #GP, or `ApicWriteExit`."""
     if msr in _CANONICAL and (value + (1 << 56)) % (1 << 64) >= 1 << 57:
         raise ValueError(f"{value:#x} is not canonical")
     if msr == MSR_EFER:
@@ -52,6 +55,9 @@ def write_msr(cpu: "UnicornCpu", msr: int, value: int) -> None:
     base = _BASES.get(msr)
     if base is not None:
         cpu.quads[base] = value
+        return
+    if msr in X2APIC_MSRS and cpu.virtual_apic is not None:
+        cpu.virtual_apic.write_msr(msr, value)
         return
     if msr not in cpu.msrs:
         raise KeyError(msr)

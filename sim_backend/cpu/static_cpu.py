@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 from sim_backend.cpu.engine import CpuState, MsrPolicy, SecondLevel, VmExit
+from sim_backend.cpu.virtual_apic import VirtualApic
 from sim_backend.hw.gprs import new_gprs
 
 _EFER_LMA = 1 << 10
@@ -28,6 +29,7 @@ class StaticCpu:
         "rip",
         "second_level",
         "state",
+        "virtual_apic",
     )
 
     second_level: SecondLevel
@@ -37,6 +39,7 @@ class StaticCpu:
         self.gprs = new_gprs()
         self.rip = 0xFFF0
         self.exception_bitmap = 0
+        self.virtual_apic: VirtualApic | None = None
         self.rflags = 2
         self.exit = VmExit()
         self.state = CpuState()
@@ -93,6 +96,14 @@ class StaticCpu:
     def kick(self) -> None:
         """Note the kick."""
         self.kicked = True
+
+    def external_interrupt(self, vector: int) -> None:
+        """Notify the virtual APIC, or note a kick."""
+        apic = self.virtual_apic
+        if apic is not None and apic.notification_vector == vector:
+            apic.notify()
+        else:
+            self.kicked = True
 
     def invalidate(self) -> None:
         """Count the invalidation."""

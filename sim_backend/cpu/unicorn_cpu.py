@@ -16,6 +16,7 @@ from sim_backend.cpu.unicorn_exits import HANDLERS, syscall, undo_port_io
 from sim_backend.cpu.unicorn_instance import UnicornInstance
 from sim_backend.cpu.unicorn_state import load_segments, save_segments, translation_flags
 from sim_backend.cpu.user_pages import UserPages, page_is_usable
+from sim_backend.cpu.virtual_apic import NO_VECTOR, VirtualApic
 from sim_backend.hw.gprs import Gprs, new_gprs
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class UnicornCpu:
         self.second_level: SecondLevel = _NoSecondLevel()
         self.msr_policy: MsrPolicy = _EveryMsrExits()
         self.exception_bitmap = 0
+        self.virtual_apic: VirtualApic | None = None
         self.msrs: dict[int, int] = {}
         self.cr8 = 0
         self.dr = [0, 0, 0, 0, 0xFFFF0FF0, 0x400]
@@ -89,6 +91,7 @@ class UnicornCpu:
         self._code_pages: set[int] = set()  # HPAs of pages that may have translated code
         self._user_pages = UserPages()
         self._kicked = False
+        self._stopped_to_look = False  # uc_emu_stop was called so that `virtual_apic` is looked at
         self._pending: Event | None = None
         instance.client = self
         self.set_state(reset_state())
@@ -111,6 +114,7 @@ class UnicornCpu:
                 TICKER.wake()
             instance = self.instance
             quads = self.quads
+            apic = self.virtual_apic
             self._adopt_second_level()
             u.GPRS.pack_into(instance.buffer, 0, *self.gprs)
             if self._user_pages:
@@ -121,6 +125,8 @@ class UnicornCpu:
                         self._kicked = False
                         return self.leave(ExitReason.EXTERNAL_INTERRUPT)
                     if self._pending is not None and not self._deliver_pending():
+                        return self.exit
+                    if apic is not None and apic.attention and not self._look_at(apic):
                         return self.exit
                     u.uc_emu_start(instance.handle, self.rip, 0, 0, 0)
                     self.rip = quads[_Q_RIP]
@@ -181,6 +187,17 @@ class UnicornCpu:
         if self.running:
             u.uc_emu_stop(self.instance.handle)
 
+    def external_interrupt(self, vector: int) -> None:
+        """Make an external interrupt arrive: posted-interrupt processing, or an exit. May be called from any thread."""
+        apic = self.virtual_apic
+        if apic is None or apic.notification_vector != vector:
+            self.kick()
+            return
+        apic.notify()
+        if self.running:
+            self._stopped_to_look = True
+            u.uc_emu_stop(self.instance.handle)  # lost if it is too early, like a kick: the ticker's exit makes up
+
     def _after_stop(self, index: int) -> bool:
         """Sort out a stop without exception: a fault of ours, a stop request, a new window."""
         fault, self._fault = self._fault, None
@@ -194,6 +211,9 @@ class UnicornCpu:
         if fault is None:
             if index not in (-1, 0x10000):
                 raise EngineError(f"Unicorn stopped at RIP {self.rip:#x} with unknown index {index:#x}")
+            if self._stopped_to_look and not self._kicked:
+                self._stopped_to_look = False
+                return False
             self._kicked = False
             self.leave(ExitReason.EXTERNAL_INTERRUPT)
             return True
@@ -260,6 +280,20 @@ class UnicornCpu:
 
     # ---- Events ----
 
+    def _look_at(self, apic: VirtualApic) -> bool:
+        """Deliver the virtual interrupt that is recognized, or wait for its window. Tell whether the guest may run."""
+        self._stopped_to_look = False
+        while (vector := apic.recognized()) != NO_VECTOR:
+            if not self.can_take_interrupt():
+                self.request_interrupt_window(True)
+                return True
+            self.request_interrupt_window(False)
+            apic.acknowledge()
+            if self.deliver(Event(vector, events.EXTERNAL_INTERRUPT)):
+                return False
+        self.request_interrupt_window(False)
+        return True
+
     def inject(self, interruption_info: int, error_code: int = 0, instruction_length: int = 0) -> None:
         """Deliver an event at the next `run` (VM-entry interruption-information format)."""
         if not interruption_info & _VALID:
@@ -318,7 +352,7 @@ class UnicornCpu:
         state = CpuState()
         raw, quads = self.instance.raw, self.quads
         state.cr0, _, state.cr2, state.cr3, state.cr4 = quads[_Q_CR : _Q_CR + 5]
-        state.cr8 = self.cr8
+        state.cr8 = self.cr8 if self.virtual_apic is None else self.virtual_apic.tpr >> 4
         state.efer = quads[u.ENV_EFER >> 3]
         state.xcr0 = quads[u.ENV_XCR0 >> 3]
         state.dr = list(self.dr)

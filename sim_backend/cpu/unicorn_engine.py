@@ -7,9 +7,10 @@ interception is TCG's SVM intercepts, switched on in its translation flags, so t
 
 from typing import Final
 
+from sim_backend.cpu import unicorn_internals
 from sim_backend.cpu.arbiter import Arbiter
 from sim_backend.cpu.engine import Cpu
-from sim_backend.cpu.errors import EngineError
+from sim_backend.cpu.errors import EngineError, EngineSelfTestError
 from sim_backend.cpu.unicorn_cpu import UnicornCpu
 from sim_backend.cpu.unicorn_instance import UnicornInstance
 from sim_backend.cpu.unicorn_selftest import self_test
@@ -26,13 +27,7 @@ class UnicornEngine:
 
     def new_cpu(self) -> Cpu:
         """Return a context in the architectural reset state; raise `EngineSelfTestError`."""
-        if not _self_tested:
-            _self_tested.append(True)
-            try:
-                run_self_test()
-            except EngineError:
-                _self_tested.clear()
-                raise
+        ensure_self_tested()
         return self._new_cpu()
 
     def _new_cpu(self) -> UnicornCpu:
@@ -68,6 +63,20 @@ class UnicornEngine:
                 del windows[old_base]
         instance.map(base, length, pointer)
         windows[base] = (length, pointer)
+
+
+def ensure_self_tested() -> None:
+    """Run the self-test once in a process; raise `EngineSelfTestError` that says what to do."""
+    if _self_tested:
+        return
+    _self_tested.append(True)
+    try:
+        run_self_test()
+    except EngineError as error:
+        _self_tested.clear()
+        remedy = f"pip install --force-reinstall unicorn=={unicorn_internals.UNICORN_VERSION}"
+        text = str(error) if "pip install" in str(error) else f"{error}; {remedy}"
+        raise EngineSelfTestError(text) from error
 
 
 def run_self_test() -> None:

@@ -14,6 +14,7 @@ from sim_backend.cpu.errors import UnsupportedInstruction
 from sim_backend.cpu.events import Event
 from sim_backend.cpu.msr_access import read_msr, write_msr
 from sim_backend.cpu.paging import CR0_PE, EptViolation, PageFault
+from sim_backend.cpu.virtual_apic import ApicWriteExit, VirtualApic
 from sim_backend.hw.gprs import R11, RAX, RCX, RDI, RDX, RSI, RSP
 
 if TYPE_CHECKING:
@@ -174,6 +175,9 @@ def _cache_flush(cpu: "UnicornCpu") -> bool:
 
 
 def _interrupt_window(cpu: "UnicornCpu") -> bool:
+    if cpu.virtual_apic is not None:
+        cpu.request_interrupt_window(False)  # the window is the CPU's own: the run loop delivers
+        return False
     cpu.leave(ExitReason.INTERRUPT_WINDOW)
     return True
 
@@ -194,6 +198,10 @@ def _msr(cpu: "UnicornCpu") -> bool:
             cpu.quads[RAX], cpu.quads[RDX] = value & 0xFFFF_FFFF, value >> 32
     except (KeyError, ValueError):
         return cpu.raise_exception(events.GP)
+    except ApicWriteExit as exit_:  # trap-like: RIP is behind the instruction
+        _skip(cpu, length)
+        cpu.leave(ExitReason.APIC_WRITE, exit_.offset)
+        return True
     return _skip(cpu, length)
 
 
@@ -278,6 +286,8 @@ def _control_register(number: int) -> Handler:
             qualification |= 2 << 4
         else:  # LMSW
             return _lmsw(cpu, instruction)
+        if number == 8 and cpu.virtual_apic is not None:
+            return _write_cr8(cpu, cpu.virtual_apic, instruction)
         cpu.leave(ExitReason.CR_ACCESS, qualification, instruction.length)
         return True
 
@@ -292,11 +302,20 @@ def _lmsw(cpu: "UnicornCpu", instruction: Instruction) -> bool:
     return True
 
 
+def _write_cr8(cpu: "UnicornCpu", apic: VirtualApic, instruction: Instruction) -> bool:
+    value = cpu.quads[instruction.rm]
+    if value >> 4:
+        return cpu.raise_exception(events.GP)
+    apic.tpr = value << 4
+    return _skip(cpu, instruction.length)
+
+
 def _read_cr8(cpu: "UnicornCpu") -> bool:
     instruction = cpu.instruction()
     if instruction is None:
         return cpu.raise_exception(events.UD)
-    cpu.quads[instruction.rm] = cpu.cr8
+    apic = cpu.virtual_apic
+    cpu.quads[instruction.rm] = cpu.cr8 if apic is None else apic.tpr >> 4
     return _skip(cpu, instruction.length)
 
 

@@ -9,6 +9,7 @@ No encryption or integrity is modelled: a read sees the bytes last written, what
 import ctypes
 import mmap
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class PhysicalMemory:
     """RAM of `ram_bytes` at HPA 0, and the windows above it.
 
     `q` and `b` are the whole RAM as 64-bit words and as bytes: ``memory.q[hpa >> 3]``. Code on a hot
-    path uses them directly; they do not reach windows.
+    path uses them directly; they do not reach windows. Whoever reads and writes back a word that another thread
+    may change holds `locked_instruction`, which stands for the LOCK prefix.
     """
 
     def __init__(self, ram_bytes: int) -> None:
@@ -46,6 +48,7 @@ class PhysicalMemory:
         self._map: Final = mmap.mmap(self.fd, ram_bytes, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
         self.b: Final = memoryview(self._map)
         self.q: Final = self.b.cast("Q")
+        self.locked_instruction: Final = threading.Lock()
         anchor = ctypes.c_char.from_buffer(self._map)
         self.pointer: Final = ctypes.addressof(anchor)
         del anchor

@@ -29,6 +29,10 @@ CpuidRegs = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
 
 
+def _new_report_key() -> bytes:
+    return secrets.token_bytes(32)
+
+
 @dataclass(slots=True)
 class Platform:
     """One host's hardware. `msrs` holds the values that all LPs share; an LP's own override them."""
@@ -45,6 +49,9 @@ class Platform:
     seamdb_index: int = 0  # what SEAMOPS.SEAMDB.GETREF returns
     seamops_capabilities: int = 0x7F  # SEAMOPS leaves that the CPU has, a bit each
     pconfig_result: int = PconfigResult.SUCCESS  # what PCONFIG answers from now on
+    report_key: bytes | None = field(default_factory=_new_report_key, repr=False)
+    """The key under which the CPU makes and checks the MACs of TDREPORTs. None: it makes zeros and accepts any report,
+    as the CPU of the module's recorded vectors does."""
     rand_fail: int = 0  # how many more RDRAND and RDSEED fail
     tsc_offset: int = 0  # added to the clock [TSC ticks]
     clock: Callable[[], int] = field(default=time.perf_counter_ns)  # [ns], monotonic

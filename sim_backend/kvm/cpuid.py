@@ -123,6 +123,9 @@ _CPUID1_ECX_MWAIT: Final = 1 << 3
 _CPUID1_EDX_APIC: Final = 1 << 9
 _CPUID7_ECX_PKU: Final = 1 << 3
 _CPUID7_ECX_OSPKE: Final = 1 << 4
+_CPUIDD1_EAX_XSAVEC: Final = 1 << 1
+_CPUIDD1_EAX_XSAVES: Final = 1 << 3
+_CPUIDD_ECX_ALIGNED: Final = 1 << 1
 _APIC_BASE_ENABLE: Final = 1 << 11
 
 
@@ -145,6 +148,9 @@ def with_runtime_bits(vcpu: "Vcpu") -> tuple[CpuidEntry, ...]:
         elif entry.function == 0xD and entry.index == 0:
             xcr0 = state.xcr0 if state is not None else 1
             entries[position] = entry._replace(ebx=xstate_size(entries, xcr0))
+        elif entry.function == 0xD and entry.index == 1 and entry.eax & (_CPUIDD1_EAX_XSAVEC | _CPUIDD1_EAX_XSAVES):
+            xcr0 = state.xcr0 if state is not None else 1
+            entries[position] = entry._replace(ebx=compacted_xstate_size(entries, xcr0))
     return tuple(entries)
 
 
@@ -155,6 +161,36 @@ def xstate_size(entries: Sequence[CpuidEntry], xcr0: int) -> int:
         if entry.function == 0xD and entry.index >= 2 and xcr0 >> entry.index & 1:
             size = max(size, entry.eax + entry.ebx)
     return size
+
+
+def compacted_xstate_size(entries: Sequence[CpuidEntry], features: int) -> int:
+    """Return the compacted-format XSAVE size for the components in `features` [bytes]."""
+    size = 576
+    for entry in entries:
+        if entry.function == 0xD and entry.index >= 2 and features >> entry.index & 1:
+            if entry.ecx & _CPUIDD_ECX_ALIGNED:
+                size = -(-size // 64) * 64
+            size += entry.eax
+    return size
+
+
+def with_forced_bits(entries: Sequence[CpuidEntry], forced: Sequence[Sequence[int]]) -> list[CpuidEntry]:
+    """Return `entries` with the bits that this kernel keeps as the CPU has them (kvm_pvm: CPUID does not exit).
+
+    Each of `forced` is function, index, then mask and value of EAX, EBX, ECX and EDX.
+    """
+    rules = {(function, index): words for function, index, *words in forced}
+    made = []
+    for entry in entries:
+        words = rules.get((entry.function, entry.index))
+        if words is not None:
+            old = (entry.eax, entry.ebx, entry.ecx, entry.edx)
+            eax, ebx, ecx, edx = (
+                value & ~words[2 * at] | words[2 * at + 1] & words[2 * at] for at, value in enumerate(old)
+            )
+            entry = entry._replace(eax=eax, ebx=ebx, ecx=ecx, edx=edx)
+        made.append(entry)
+    return made
 
 
 # CR4 bits that a guest may set only when its CPUID table has the feature: (CR4 bit, leaf, register, bit).

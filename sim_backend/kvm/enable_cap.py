@@ -193,7 +193,9 @@ class VmEnableCap:
 
     def _pmu_capability(self, args: Sequence[int]) -> None:
         vm = self._vm
-        if not self._offered(KvmCap.KVM_CAP_PMU_CAPABILITY) or args[0] != PMU_CAP_DISABLE:
+        if not self._offered(KvmCap.KVM_CAP_PMU_CAPABILITY) or args[0] & ~PMU_CAP_DISABLE:
+            raise Errno(errno.EINVAL)
+        if not args[0] and vm.host.profile.behaves("pmu_capability_zero_is_einval"):
             raise Errno(errno.EINVAL)
         with vm.lock:
             if vm.created_vcpus:
@@ -224,8 +226,12 @@ class VmEnableCap:
             vm.notify_vmexit = args[0]
 
     def _disable_nx_huge_pages(self, args: Sequence[int]) -> None:
+        vm = self._vm
         if args[0] or not self._offered(KvmCap.KVM_CAP_VM_DISABLE_NX_HUGE_PAGES):
             raise Errno(errno.EINVAL)
+        with vm.lock:
+            if vm.created_vcpus:
+                raise Errno(errno.EINVAL)
 
     def _apic_bus_cycles_ns(self, args: Sequence[int]) -> None:
         vm, cycle_ns = self._vm, args[0]

@@ -26,6 +26,9 @@ GUEST_MEMFD_FLAG_MMAP: Final = 1
 GUEST_MEMFD_FLAG_INIT_SHARED: Final = 2
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
+_FALLOC_MOVES: Final = 0x28  # FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
+_FALLOC_MODES: Final = (0, FALLOC_FL_PUNCH_HOLE, 0x08, 0x10, 0x20, 0x40)
+"""What vfs_fallocate() hands to a file system: one of allocate, punch, collapse, zero, insert, unshare."""
 EHWPOISON: Final = 133  # absent from Python's errno
 _S64_MAX: Final = (1 << 63) - 1
 
@@ -83,16 +86,17 @@ class GuestMemfd:
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         """Allocate or punch a hole, with the checks of vfs_fallocate() and kvm_gmem_fallocate() in order."""
-        if offset < 0 or length <= 0:
+        if not 0 <= offset <= _S64_MAX or not 0 < length <= _S64_MAX:
             raise Errno(errno.EINVAL)
-        if mode & FALLOC_FL_PUNCH_HOLE and not mode & FALLOC_FL_KEEP_SIZE:
+        if mode & ~FALLOC_FL_KEEP_SIZE not in _FALLOC_MODES:
             raise Errno(errno.EOPNOTSUPP)
-        if not mode & FALLOC_FL_KEEP_SIZE:
-            raise Errno(errno.EOPNOTSUPP)
-        if mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+        keep_size = mode & FALLOC_FL_KEEP_SIZE
+        if (mode & FALLOC_FL_PUNCH_HOLE and not keep_size) or (mode & _FALLOC_MOVES and keep_size):
             raise Errno(errno.EOPNOTSUPP)
         if offset + length > _S64_MAX:
             raise Errno(errno.EFBIG)
+        if not keep_size or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            raise Errno(errno.EOPNOTSUPP)
         if (offset | length) & 0xFFF:
             raise Errno(errno.EINVAL)
         start, end = offset >> 12, (offset + length) >> 12

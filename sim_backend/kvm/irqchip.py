@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.ioapic import Ioapic
-from sim_backend.kvm.lapic import MODE_LOWEST, LocalApic
+from sim_backend.kvm.lapic import MODE_FIXED, MODE_LOWEST, LocalApic
 from sim_backend.kvm.pic import PicPair
 from sim_backend.kvm.routing import GsiRoute, GsiRoutes
 
@@ -51,8 +51,13 @@ class Irqchip:
         trigger_level: bool = False,
         shorthand: int = 0,
         source: LocalApic | None = None,
+        redirection_hint: bool = False,
     ) -> int:
-        """Deliver a message to every local APIC that it names; return how many took it, -1 when none matched."""
+        """Deliver a message to every local APIC that it names; return how many took it, -1 when none matched.
+
+        Lowest-priority delivery, and an MSI with the redirection hint, goes to one of them, chosen by the vector
+        (KVM's `vector_hashing`).
+        """
         vcpus = self.vm.vcpus
         if shorthand == 1:
             targets = [vcpu for vcpu in vcpus if vcpu.apic is source]
@@ -61,12 +66,15 @@ class Irqchip:
         else:
             targets = [vcpu for vcpu in vcpus if self._matches(vcpu, destination, logical, source)]
         taken = -1 if not vcpus or self._is_broadcast(destination, source) else 0
-        if mode == MODE_LOWEST and not shorthand:
+        to_one = mode == MODE_LOWEST or redirection_hint
+        if to_one and not logical and destination == _XAPIC_BROADCAST:
+            mode = MODE_FIXED
+            to_one = redirection_hint
+        if to_one and not shorthand:
             enabled = [vcpu for vcpu in targets if vcpu.apic is not None and vcpu.apic.sw_enabled]
             if not enabled:
-                return taken if not targets else 0
-            targets = [min(enabled, key=lambda vcpu: vcpu.apic_arbitration)]
-            targets[0].apic_arbitration += 1
+                return taken
+            targets = [enabled[vector % len(enabled)]]
         for vcpu in targets:
             apic = vcpu.apic
             if apic is not None:
@@ -100,6 +108,7 @@ class Irqchip:
             vector=data & 0xFF,
             level=level,
             trigger_level=bool(data >> 15 & 1),
+            redirection_hint=bool(address_lo >> 3 & 1),
         )
 
     def eoi_broadcast(self, vcpu: "Vcpu", vector: int) -> None:

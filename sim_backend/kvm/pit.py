@@ -14,7 +14,7 @@ PIT_HZ: Final = 1_193_182
 class PitChannel:
     """One counter."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gate: int) -> None:
         self.count = 0x10000
         self.latched_count = 0
         self.count_latched = 0
@@ -24,9 +24,9 @@ class PitChannel:
         self.write_state = 0
         self.write_latch = 0
         self.rw_mode = 0
-        self.mode = 0
+        self.mode = 0xFF  # none until the guest chooses one (kvm_pit_reset)
         self.bcd = 0
-        self.gate = 1
+        self.gate = gate
         self.load_time_ns = time.monotonic_ns()
 
     def counter(self) -> int:
@@ -63,7 +63,7 @@ class Pit:
         self.speaker = bool(flags & KVM_PIT_SPEAKER_DUMMY)
         self.flags = 0
         self.reinject = True
-        self.channels: Final = [PitChannel() for _ in range(3)]
+        self.channels: Final = [PitChannel(gate=int(index != 2)) for index in range(3)]
 
     def state(self) -> bytes:
         """Return ``struct kvm_pit_state2``."""

@@ -25,6 +25,7 @@ BEHAVIOURS: Final = frozenset(
         "read_fault_maps_writable",  # a read fault maps a writable page writable, and logs it as dirty (TDP)
         "one_reg",  # KVM_GET_ONE_REG and KVM_SET_ONE_REG (after 6.16)
         "sregs_checks_efer",  # KVM_SET_SREGS refuses an EFER that the CPUID table does not allow (after 6.18)
+        "shadow_paging",  # no second-level paging: a guest-physical address has 52 bits, whatever the CPU has (kvm_pvm)
         "shutdown_resets_vcpu",  # a triple fault puts the vCPU into the INIT state (SVM)
         "one_interrupt_shadow",  # STI and MOV SS shadows cannot be told apart (SVM)
         "interprets_guest_code",  # CPL-0 code runs in KVM's instruction emulator (kvm_pvm)
@@ -33,6 +34,7 @@ BEHAVIOURS: Final = frozenset(
         "pre_fault_memory",  # KVM_PRE_FAULT_MEMORY is built in
         "guest_memfd_flags",  # MMAP and INIT_SHARED exist
         "smm",  # KVM_SMM is built in
+        "pmu_capability_zero_is_einval",  # KVM_CAP_PMU_CAPABILITY wants exactly DISABLE (7.2, 7.3; 6.18 takes 0)
         "mapgpa_ret_codes",  # hypercall.ret of MapGPA: EAGAIN retries, EINVAL fails (after 6.16)
         "cap_max_vcpus_settable",  # KVM_ENABLE_CAP(KVM_CAP_MAX_VCPUS) (v17)
         # -- TDX, see sim_backend.kvm.tdx
@@ -106,6 +108,7 @@ class HostProfile:
     nested_format: int  # 0 VMX, 1 SVM
     has_vfio: bool
     segment_reset_types: Mapping[str, int]  # how the vendor shows data segments, SS, TR and LDTR after reset
+    cpuid_forced: tuple[tuple[int, ...], ...]  # see `sim_backend.kvm.cpuid.with_forced_bits`
     behaviours: frozenset[str]
     raw: Mapping[str, Any] = field(repr=False, compare=False)  # the merged file, for parts with their own keys
 
@@ -200,6 +203,7 @@ def profile_from(data: Mapping[str, Any], name: str) -> HostProfile:
             nested_format=data["nested_format"],
             has_vfio=data["has_vfio"],
             segment_reset_types=data["segment_reset_types"],
+            cpuid_forced=tuple(tuple(entry) for entry in data.get("cpuid_forced", ())),
             behaviours=frozenset(key for key, value in data["behaviours"].items() if value),
             raw=data,
         )

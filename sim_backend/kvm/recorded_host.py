@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,14 @@ _INTEL_BASES: Final = {"v17": "v17", "mainline": "mainline", "none": "mainline"}
 """By TDX dialect, where no profile is of the host's own release."""
 _VM_TYPE_NAMES: Final = {0: "default", 1: "sw_protected"}
 _PROCESSOR_SIZE: Final = "address sizes"
+_EAX, _EBX, _ECX, _EDX = range(4)
+_RUNTIME_BITS: Final = {
+    (1, 0, _EBX): 0xFF00_0000,  # the APIC id of the CPU that was asked
+    (1, 0, _ECX): 1 << 27,  # OSXSAVE
+    (1, 0, _EDX): 1 << 9,  # APIC
+    (7, 0, _ECX): 1 << 4,  # OSPKE
+    (0xD, 1, _EBX): 0xFFFF_FFFF,  # size of the state in use
+}
 KVM_CAP_NR_VCPUS: Final = 9
 KVM_CAP_MAX_VCPUS: Final = 66
 KVM_CAP_MAX_VCPU_ID: Final = 128
@@ -64,6 +72,9 @@ def profile_of_host(host: Mapping[str, Any]) -> HostProfile:
     if "KVM_GET_EMULATED_CPUID" in host:
         entries = host["KVM_GET_EMULATED_CPUID"]["entries"]
         changes["emulated_cpuid"] = [[int(word, 16) for word in entry] for entry in entries]
+    if "KVM_GET_CPUID2" in host:
+        read_back = [[int(word, 16) for word in entry] for entry in host["KVM_GET_CPUID2"]["entries"]]
+        changes["cpuid_forced"] = list(_forced_bits(changes["supported_cpuid"], read_back))
     if "feature_msrs" in host:
         changes["feature_msrs"] = {int(index, 16): int(value, 16) for index, value in host["feature_msrs"].items()}
     if "tsc_khz" in host:
@@ -72,6 +83,21 @@ def profile_of_host(host: Mapping[str, Any]) -> HostProfile:
     if sizes.split(" ", 1)[0].isdigit():
         changes["host_phys_bits"] = int(sizes.split(" ", 1)[0])
     return merged_profile(base, changes)
+
+
+def _forced_bits(given: list[list[int]], read_back: list[list[int]]) -> Iterator[list[int]]:
+    """Yield what a vCPU's table shows otherwise than it was set, less the bits that mirror its control registers."""
+    kept = {(function, index): words for function, index, _flags, *words in read_back}
+    for function, index, _flags, *words in given:
+        seen = kept.get((function, index))
+        if seen is None or (function, index) == (0xD, 0):
+            continue
+        forced = [function, index]
+        for register, (old, new) in enumerate(zip(words, seen, strict=True)):
+            mask = (old ^ new) & ~_RUNTIME_BITS.get((function, index, register), 0)
+            forced += [mask, new & mask]
+        if any(forced[2:]):
+            yield forced
 
 
 def _base_of(host: Mapping[str, Any]) -> str:

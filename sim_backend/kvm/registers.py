@@ -241,8 +241,6 @@ class RegisterIoctls:
         self._cpu()
         control, _pad, *debugreg = _GUEST_DEBUG.unpack(data)
         vcpu = self._vcpu
-        if control & ~vcpu.vm.host.profile.guest_debug_mask:
-            raise Errno(errno.EINVAL)
         if control & (GUESTDBG_INJECT_DB | GUESTDBG_INJECT_BP):
             if vcpu.exception_queued():
                 raise Errno(errno.EBUSY)

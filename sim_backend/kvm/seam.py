@@ -22,3 +22,11 @@ class Seam(Protocol):
     def kick(self, lp: int) -> None:
         """Send an IPI to `lp`: a TD that runs there, or is about to, exits soon. Callable from any thread."""
         ...
+
+    def interrupt(self, lp: int, vector: int) -> None:
+        """Send an IPI with `vector` to `lp`, which may be the caller's own. Callable from any thread.
+
+        A TD that runs there, or is about to, exits soon, unless the vector is the one by which its vCPU is told of
+        posted interrupts: then it goes on, and takes them.
+        """
+        ...

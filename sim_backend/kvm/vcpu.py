@@ -104,7 +104,6 @@ class Vcpu:
         self.in_smm = False
         self.sipi_vector = 0
         self.cr8 = 0
-        self.apic_arbitration = 0
         self.ioapic_eoi_vector = -1  # a level-triggered vector that user space's IOAPIC must hear of
         self.timer_due_ns = 0  # time.monotonic_ns() at which the APIC timer wants attention, 0: never
 

@@ -4,7 +4,14 @@ import errno
 import struct
 from typing import TYPE_CHECKING, Final
 
-from sim_backend.kvm.cpuid import ENTRY2_BYTES, KVM_MAX_CPUID_ENTRIES, CpuidEntry, VcpuCpuid, unpack_entries
+from sim_backend.kvm.cpuid import (
+    ENTRY2_BYTES,
+    KVM_MAX_CPUID_ENTRIES,
+    CpuidEntry,
+    VcpuCpuid,
+    unpack_entries,
+    with_forced_bits,
+)
 from sim_backend.kvm.dispatch import CallTable, IoctlHandler
 from sim_backend.kvm.errors import Errno, as_int
 from sim_backend.kvm.files import Files
@@ -132,14 +139,21 @@ class VcpuIoctls:
         vcpu = self._vcpu
         vcpu.refresh_runtime_cpuid()
         if vcpu.has_run:
-            if tuple(entries) != vcpu.cpuid.entries:
+            # The bits that KVM itself keeps up to date are brought up to date in the new table before they are
+            # compared (kvm_cpuid_check_equal), or not even the table that was set would be accepted again.
+            installed = vcpu.cpuid
+            vcpu.cpuid = VcpuCpuid(with_forced_bits(entries, self._vm.host.profile.cpuid_forced))
+            vcpu.refresh_runtime_cpuid()
+            same = vcpu.cpuid.entries == installed.entries
+            vcpu.cpuid = installed
+            if not same:
                 raise Errno(errno.EINVAL)
             return
         size = next((entry for entry in entries if entry.function == 0x8000_0008), None)
         if size is not None and size.eax >> 8 & 0xFF not in _VALID_VIRT_BITS:
             raise Errno(errno.EINVAL)
         self._vm.ops.vcpu_check_cpuid(vcpu, entries)
-        vcpu.cpuid = VcpuCpuid(entries)
+        vcpu.cpuid = VcpuCpuid(with_forced_bits(entries, self._vm.host.profile.cpuid_forced))
         vcpu.refresh_runtime_cpuid()
         if vcpu.apic is not None:
             vcpu.apic.set_version()

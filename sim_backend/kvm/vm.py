@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 KVM_X86_DEFAULT_VM: Final = 0
 KVM_X86_SW_PROTECTED_VM: Final = 1
+_PHYS_BITS_OF_SHADOW_PAGING: Final = 52
 
 
 class Vm:
@@ -116,7 +117,9 @@ class Vm:
 
     def check_gfn_limit(self, base_gfn: int, npages: int) -> None:
         """Refuse a slot whose last page no page table could reach (kvm_arch_prepare_memory_region)."""
-        if base_gfn + npages - 1 > (1 << self.host.profile.host_phys_bits - 12) - 1:
+        profile = self.host.profile
+        bits = _PHYS_BITS_OF_SHADOW_PAGING if profile.behaves("shadow_paging") else profile.host_phys_bits
+        if base_gfn + npages - 1 > (1 << bits - 12) - 1:
             raise Errno(errno.EINVAL)
 
     def find_memslot(self, gfn: int) -> Memslot | None:

@@ -154,10 +154,10 @@ class VmIoctls:
     def set_identity_map_addr(self, argp: int) -> int:
         """KVM_SET_IDENTITY_MAP_ADDR."""
         vm = self._vm
-        vm.mm.read(argp, 8)
         with vm.lock:
             if vm.created_vcpus:
                 raise Errno(errno.EINVAL)
+            vm.mm.read(argp, 8)
         return 0
 
     def set_nr_mmu_pages(self, pages: int) -> int:

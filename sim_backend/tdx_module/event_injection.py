@@ -5,8 +5,13 @@ Spec: TDX Module Base Spec, "Exception Handling"; Intel SDM Vol. 3, "Event Injec
 
 from typing import Final
 
-from sim_backend.tdx_module.not_modelled import NotModelled
-from sim_backend.tdx_module.td_vmcs import ENTRY_EXCEPTION_ERROR, EXCEPTION_BITMAP
+from sim_backend.tdx_module.td_vmcs import (
+    ENTRY_EXCEPTION_ERROR,
+    ENTRY_INTERRUPTION_INFO,
+    EXCEPTION_BITMAP,
+    PF_ERROR_CODE_MASK,
+    PF_ERROR_CODE_MATCH,
+)
 from sim_backend.tdx_module.tdvps import Tdvps
 
 VE_INTERRUPTION_INFO: Final = 0x8000_0314
@@ -17,7 +22,8 @@ DF_INTERRUPTION_INFO: Final = 0x8000_0B08
 NMI_INTERRUPTION_INFO: Final = 0x8000_0202
 _TYPE: Final = 7 << 8
 _HARDWARE_EXCEPTION: Final = 3 << 8
-_VECTOR: Final = 0x1F
+_VALID: Final = 1 << 31
+_VECTOR_PF: Final = 14
 _RFLAGS_RF: Final = 1 << 16
 
 
@@ -29,13 +35,39 @@ def _inject(tdvps: Tdvps, info: int, error_code: int | None) -> None:
     """Deliver an event at the next entry. The error-code field of the VMCS keeps its value when none is written."""
     cpu = tdvps.cpu
     assert cpu is not None, "a running vCPU has a CPU"
-    if info & _TYPE == _HARDWARE_EXCEPTION and tdvps.vmcs[EXCEPTION_BITMAP] >> (info & _VECTOR) & 1:
-        raise NotModelled(f"a debugger that intercepts injected exceptions (vector {info & _VECTOR})")
     if error_code is None:
         error_code = tdvps.vmcs.get(ENTRY_EXCEPTION_ERROR, 0)
     else:
         tdvps.vmcs[ENTRY_EXCEPTION_ERROR] = error_code
+    tdvps.vmcs[ENTRY_INTERRUPTION_INFO] = info
     cpu.inject(info, error_code, 0)
+
+
+def is_intercepted(tdvps: Tdvps) -> bool:
+    """Tell whether the event that waits for the next entry is an exception that a debugger wants to see first.
+
+    For #PF the module compares the error code of the last VM exit, not that of the event (Intel SDM Vol. 3,
+    "Exception Bitmap").
+    """
+    vmcs = tdvps.vmcs
+    info = vmcs.get(ENTRY_INTERRUPTION_INFO, 0)
+    if not info & _VALID or info & _TYPE != _HARDWARE_EXCEPTION:
+        return False
+    vector = info & 0xFF
+    if not vmcs[EXCEPTION_BITMAP] >> vector & 1:
+        return False
+    if vector != _VECTOR_PF:
+        return True
+    assert tdvps.cpu is not None, "a running vCPU has a CPU"
+    code = tdvps.cpu.exit.interruption_error
+    return code & vmcs.get(PF_ERROR_CODE_MASK, 0) == vmcs.get(PF_ERROR_CODE_MATCH, 0)
+
+
+def entry_is_over(tdvps: Tdvps) -> None:
+    """Mark the event of the last entry as delivered, as the CPU does at each VM exit."""
+    info = tdvps.vmcs.get(ENTRY_INTERRUPTION_INFO)
+    if info is not None:
+        tdvps.vmcs[ENTRY_INTERRUPTION_INFO] = info & ~_VALID
 
 
 def _set_rf(tdvps: Tdvps) -> None:

@@ -4,6 +4,7 @@ For tests and for debugging the model; nothing here runs in a normal simulation.
 """
 
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from typing import Final
@@ -15,11 +16,12 @@ from sim_backend.tdx_module.module import TdxModule
 from sim_backend.tdx_module.op_states import OpState
 from sim_backend.tdx_module.pamt import ENTRY_BYTES, PageType, Tdmr
 from sim_backend.tdx_module.sept import LEVEL_SHIFT
-from sim_backend.tdx_module.sept_states import HPA_MASK, PS, SeptState, state_of
+from sim_backend.tdx_module.sept_states import FREE_ENTRY, HPA_MASK, PS, SeptState, state_of
 from sim_backend.tdx_module.tdcs import MIN_TDCS_PAGES
 from sim_backend.tdx_module.tdr import LifecycleState, Tdr
 
-_ENTRIES_PER_PAGE: Final = 4096 // ENTRY_BYTES
+_RESERVED: Final = PageType.RSVD << 16  # unlocked: nothing to say about it
+_RESERVED_PAGE: Final = struct.pack("<QQ", _RESERVED, 0) * (4096 // ENTRY_BYTES)  # of PAMT entries
 _TD_STATES: Final = {
     LifecycleState.HKID_ASSIGNED: HkidState.ASSIGNED,
     LifecycleState.KEYS_CONFIGURED: HkidState.ASSIGNED,
@@ -57,7 +59,7 @@ def _allocated_pages(module: TdxModule) -> Iterator[tuple[Page, tuple[int, int]]
     pamt = module.pamt
     for tdmr in module.tdmrs:
         for level in (0, 1, 2):
-            for page, word in _touched_entries(module.memory, tdmr, level):
+            for page, word in touched_entries(module.memory, tdmr, level):
                 lock = word & 0xFFFF
                 if lock & 1 or (lock >> 2 and level == 0 and lock >> 2 != readers[page]):
                     raise SimBug(f"the lock word of the page at HPA {page:#x} level {level} is {lock:#x}")
@@ -66,8 +68,8 @@ def _allocated_pages(module: TdxModule) -> Iterator[tuple[Page, tuple[int, int]]
                     yield (page, level), (pamt.page_type(index), pamt.owner(index))
 
 
-def _touched_entries(memory: PhysicalMemory, tdmr: Tdmr, level: int) -> Iterator[tuple[int, int]]:
-    """Yield (HPA, word 0) of the entries of a table that were ever written: sparse memory knows."""
+def touched_entries(memory: PhysicalMemory, tdmr: Tdmr, level: int) -> Iterator[tuple[int, int]]:
+    """Yield (HPA, word 0) of the entries of a table that are not free or reserved; sparse memory knows where."""
     table = (tdmr.pamt_4k_base, tdmr.pamt_2m_base, tdmr.pamt_1g_base)[level]
     end = table + (tdmr.size >> LEVEL_SHIFT[level]) * ENTRY_BYTES
     at = table
@@ -76,10 +78,13 @@ def _touched_entries(memory: PhysicalMemory, tdmr: Tdmr, level: int) -> Iterator
             at = os.lseek(memory.fd, at, os.SEEK_DATA) & -4096
         except OSError:  # ENXIO: no data from here on
             return
-        for entry in range(at, min(at + 4096, end), ENTRY_BYTES):
-            word = memory.q[entry >> 3]
-            if word:
-                yield tdmr.base + ((entry - table) // ENTRY_BYTES << LEVEL_SHIFT[level]), word
+        if memory.b[at : at + 4096] == _RESERVED_PAGE:
+            at += 4096
+            continue
+        first = (at - table) // ENTRY_BYTES
+        for index, word in enumerate(memory.q[at >> 3 : min(at + 4096, end) >> 3 : 2].tolist(), first):
+            if word and word != _RESERVED:
+                yield tdmr.base + (index << LEVEL_SHIFT[level]), word
         at += 4096
 
 
@@ -134,8 +139,9 @@ def _pages_of(module: TdxModule, tdr: Tdr) -> Iterator[tuple[Page, int]]:
 
 def _mapped(memory: PhysicalMemory, table: int, level: int) -> Iterator[tuple[Page, int]]:
     """Yield the pages that a Secure EPT table maps, and the tables below it."""
-    for index in range(table >> 3, (table >> 3) + 512):
-        entry = memory.q[index]
+    for entry in memory.q[table >> 3 : (table >> 3) + 512].tolist():
+        if entry == FREE_ENTRY:
+            continue
         state = state_of(entry)
         if state in (SeptState.FREE, SeptState.REMOVED):
             continue

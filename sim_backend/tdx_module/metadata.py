@@ -114,6 +114,11 @@ _BY_CLASS: Final = {
     }
     for context, order in _ORDER.items()
 }
+_VMCS_ARRAYS: Final = {0x2000: 2, 0x201C: 4, 0x280A: 4, 0x6008: 4}
+"""Codes and lengths of the VMCS fields that are one line of the module's table: within it a caller's id bits stay."""
+_NOT_LAST_IN_ARRAY: Final = frozenset(
+    first + 2 * index for first, count in _VMCS_ARRAYS.items() for index in range(count - 1)
+)
 _ENTRIES_PER_L2_VM: Final = {Context.SYS: 0, Context.TD: 1, Context.VP: 3}
 _MAX_L2_VMS: Final = 3
 
@@ -186,6 +191,8 @@ def _next_in_field(field: MetadataField, field_id: int, step: int) -> int | None
         if index is None or index + 1 == CPUID_LOOKUP_SIZE:
             return None
         return _cpuid_field_id(field_id, index + 1) & ~1
+    if field.table == "VP_VMCS":
+        return field_id + 2 if field.code in _NOT_LAST_IN_ARRAY else None
     following = (field_id & _FIELD_CODE_MASK) + step
     if step != 1:
         following -= ((field_id & _FIELD_CODE_MASK) - field.code) % field.num_elem

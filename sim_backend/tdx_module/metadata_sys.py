@@ -75,6 +75,9 @@ _CONSTANTS: Final = {
     "VCPU_L2_DEBUG_CTLS_FIXED1": 0,
 }
 
+SEAMOPS_SEAMVERIFYREPORT: Final = 1 << 6  # in SEAMOPS.CAPABILITIES: the CPU verifies reports
+_FEATURE_LOCAL_ATTESTATION: Final = 1 << 8
+
 _FROM_PROFILE: Final = {
     "BUILD_DATE": "build_date",
     "BUILD_NUM": "build_num",
@@ -84,7 +87,6 @@ _FROM_PROFILE: Final = {
     "INTERNAL_VERSION": "internal_version",
     "MODULE_HV": "module_hv",
     "MIN_UPDATE_HV": "min_update_hv",
-    "TDX_FEATURES0": "tdx_features0",
     "ATTRIBUTES_FIXED0": "attributes_fixed0",
     "ATTRIBUTES_FIXED1": "attributes_fixed1",
     "CONFIG_FLAGS_FIXED0": "config_flags_fixed0",
@@ -123,11 +125,17 @@ def _cpuid_config_leaf(module: TdxModule, field_number: int, element: int) -> in
     return CPUID_CONFIG[field_number].leaf_subleaf if field_number < len(CPUID_CONFIG) else _ALL_ONES
 
 
+def _tdx_features0(module: TdxModule, field_number: int, element: int) -> int:  # noqa: ARG001
+    verifies = module.platform.seamops_capabilities & SEAMOPS_SEAMVERIFYREPORT
+    return module.profile.tdx_features0 & ~(0 if verifies else _FEATURE_LOCAL_ATTESTATION)
+
+
 _COMPUTED: Final[dict[str, Callable[[TdxModule, int, int], int]]] = {
     "NUM_PKGS": lambda module, _field, _element: module.platform.packages,
     "PKG_FMS": _pkg_fms,
     "CMR_BASE": lambda module, field_number, _element: _cmr(module, field_number, 0),
     "CMR_SIZE": lambda module, field_number, _element: _cmr(module, field_number, 1),
+    "TDX_FEATURES0": _tdx_features0,
     "XFAM_FIXED0": lambda module, _field, _element: capabilities_of(module).xfam_fixed0,
     "CPUID_CONFIG_LEAVES": _cpuid_config_leaf,
     "CPUID_CONFIG_VALUES": _cpuid_config_value,

@@ -50,8 +50,13 @@ def find(tdr: Tdr, field_id: int) -> MetadataField:
 
 
 def read_element(module: TdxModule, tdr: Tdr, field_id: int, access: Access) -> int:
-    """Return the bits of the element that `access` may read; raise METADATA_FIELD_*."""
+    """Return the bits of the element that `access` may read; raise METADATA_FIELD_*.
+
+    A migration TD that begins to read MIG_ENC_KEY gets a new one each time, or RND_NO_ENTROPY.
+    """
     field = find(tdr, field_id)
+    if field.name == "MIG_ENC_KEY" and access is Access.MIGTD and field_id & 0xFF_FFFF == field.code:
+        tdr.tdcs.mig_enc_key = module.random_256()
     value = _value(module, tdr, field, field_id)
     mask = field.rd[access]
     if not mask:

@@ -15,6 +15,7 @@ from sim_backend.tdx_module.metadata import Access, Context, MetadataField
 from sim_backend.tdx_module.metadata_td import host_access
 from sim_backend.tdx_module.not_modelled import NotModelled
 from sim_backend.tdx_module.td_params import ATTR_DEBUG, XFAM_PT
+from sim_backend.tdx_module.tdvps import VAPIC_PAGE
 from sim_backend.tdx_module.virtual_vmx_msrs import base_l2_cr4_write_mask
 from uapi_ctypes.tdx_status import Status
 
@@ -27,10 +28,13 @@ __all__ = ["find", "host_access", "next_element", "read_element", "write_element
 _VMCS, _VAPIC, _VE_INFO, _GPR, _GUEST_STATE, _EXT_STATE, _MSR_STATE, _MANAGEMENT, _CPUID_CONTROL, _EPF_LOG = (
     0, 1, 2, 16, 17, 18, 19, 32, 33, 34,
 )  # fmt: skip
-_VAPIC_PAGE: Final = 2
 _VAPIC_PPR_OFFSET: Final = 0xA0
 _ALL_ONES: Final = (1 << 64) - 1
 _NULL_PA_BIT: Final = 1 << 63
+
+_POSTED_INTERRUPTS: Final = frozenset(
+    {td_vmcs.PIN_CONTROLS, td_vmcs.POSTED_INTERRUPT_VECTOR, td_vmcs.POSTED_INTERRUPT_DESCRIPTOR}
+)
 
 # VMCS fields that hold addresses: writing replaces the whole initial "no address" value.
 _SHARED_HPA_SIZES: Final = {
@@ -113,7 +117,7 @@ def _value(module: TdxModule, tdvps: Tdvps, field: MetadataField, field_id: int)
 
 
 def _read_vapic(module: TdxModule, tdvps: Tdvps, field: MetadataField, offset: int) -> int:  # noqa: ARG001
-    return module.q[(tdvps.tdvps_page_pa[_VAPIC_PAGE] >> 3) + offset]
+    return module.q[(tdvps.tdvps_page_pa[VAPIC_PAGE] >> 3) + offset]
 
 
 def _read_ve_info(module: TdxModule, tdvps: Tdvps, field: MetadataField, offset: int) -> int:  # noqa: ARG001
@@ -128,7 +132,7 @@ def _read_guest_state(module: TdxModule, tdvps: Tdvps, field: MetadataField, off
     name = field.name
     if name == "VCPU_STATE_DETAILS":
         rvi = td_vmcs.read(tdvps, td_vmcs.GUEST_INTERRUPT_STATUS) & 0xF0
-        ppr = module.memory.read(tdvps.tdvps_page_pa[_VAPIC_PAGE] + _VAPIC_PPR_OFFSET, 1)[0] & 0xF0
+        ppr = module.memory.read(tdvps.tdvps_page_pa[VAPIC_PAGE] + _VAPIC_PPR_OFFSET, 1)[0] & 0xF0
         return int(rvi > ppr)
     state = _cpu(tdvps).get_state()
     if name == "XCR0":
@@ -197,6 +201,19 @@ def _write_vmcs(module: TdxModule, tdvps: Tdvps, code: int, value: int, writable
         raise LeafError(Status.METADATA_FIELD_VALUE_NOT_VALID)
     check = _VMCS_CHECKS.get(code)
     td_vmcs.write(tdvps, code, value if check is None else check(module, tdvps, value, writable))
+    if code in _POSTED_INTERRUPTS:
+        _configure_posted_interrupts(module, tdvps)
+
+
+def _configure_posted_interrupts(module: TdxModule, tdvps: Tdvps) -> None:
+    """Tell the virtual APIC what the TD VMCS says about posted interrupts."""
+    apic = td_vmcs.virtual_apic(tdvps)
+    vmcs = tdvps.vmcs
+    if vmcs[td_vmcs.PIN_CONTROLS] & td_vmcs.PIN_PROCESS_POSTED_INTERRUPTS:
+        descriptor = vmcs[td_vmcs.POSTED_INTERRUPT_DESCRIPTOR] & ~module.hkid_mask
+        apic.process_posted_interrupts(vmcs[td_vmcs.POSTED_INTERRUPT_VECTOR], descriptor)
+    else:
+        apic.ignore_posted_interrupts()
 
 
 def _check_posted_interrupt_vector(module: TdxModule, tdvps: Tdvps, value: int, writable: int) -> int:  # noqa: ARG001

@@ -199,16 +199,23 @@ class TdxModule:
         if hpa & (alignment - 1) or hpa >= self.shared_end:
             raise LeafError(Status.OPERAND_INVALID, operand)
         base, size = self.seamrr
+        hpa &= ~self.hkid_mask
         if base < hpa + alignment and hpa < base + size:
             raise LeafError(Status.OPERAND_INVALID, operand)
 
     def read_shared(self, hpa: int, length: int) -> bytes:
         """Read `length` bytes at `hpa`, whatever shared HKID it carries."""
-        return self.memory.read(hpa & ~self.hkid_mask, length)
+        try:
+            return self.memory.read(hpa & ~self.hkid_mask, length)
+        except IndexError as error:
+            raise NotModelled(str(error)) from None
 
     def write_shared(self, hpa: int, data: bytes) -> None:
         """Write `data` at `hpa`, whatever shared HKID it carries."""
-        self.memory.write(hpa & ~self.hkid_mask, data)
+        try:
+            self.memory.write(hpa & ~self.hkid_mask, data)
+        except IndexError as error:
+            raise NotModelled(str(error)) from None
 
     def copy_from_shared(self, source: int, page: int) -> None:
         """Copy the 4 KiB at `source`, which may carry a shared HKID, into the RAM page at HPA `page`."""
@@ -217,7 +224,7 @@ class TdxModule:
         if source < memory.ram_bytes:
             memory.b[page : page + 4096] = memory.b[source : source + 4096]
         else:
-            memory.b[page : page + 4096] = memory.read(source, 4096)
+            memory.b[page : page + 4096] = self.read_shared(source, 4096)
 
     # Hardware that several leaves ask for
 

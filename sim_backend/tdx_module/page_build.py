@@ -71,10 +71,11 @@ def _source_if_usual(module: TdxModule, regs: Gprs) -> int | None:
         or tdr.tdcs.op_state != _INITIALIZED
         or source & 0xFFF
         or source >= module.shared_end
-        or base < source + 4096 <= base + size + 4095
     ):
         return None
     source &= ~module.hkid_mask
+    if base < source + 4096 <= base + size + 4095:
+        return None
     if source >= module.memory.ram_bytes or not module.pamt.is_idle(tdr.hpa) or not module.pamt.is_free(page):
         return None
     return source

@@ -293,9 +293,15 @@ class Pamt:
 
     def demote(self, hpa: int, level: int, index: int) -> None:
         """Pass type and owner of the page of `level` at `hpa`, entry `index`, on to its 512 parts."""
-        word = self.q[index]
+        q = self.q
+        word = q[index] & ~_LOCK
         first = self.entry(hpa, level - 1)
-        self.q[first : first + 1024] = array("Q", [word & ~_LOCK, 0] * 512)
+        locks = any(lock & _LOCK for lock in q[first : first + 1024 : 2].tolist())
+        if locks:
+            for child in range(first, first + 1024, 2):
+                q[child], q[child + 1] = q[child] & _LOCK | word, 0
+        else:
+            q[first : first + 1024] = array("Q", [word, 0] * 512)
         self.set_page_type(index, PageType.NDA)
 
     def promote(self, hpa: int, level: int, index: int) -> None:

@@ -183,11 +183,17 @@ def check_key_management(rdmsr: Rdmsr, *, without_integrity: bool) -> None:
         raise _incorrect(IA32_TME_CAPABILITY)
     if not activate >> 48 & algorithms:
         raise _incorrect(IA32_TME_ACTIVATE)
-    partitioning = rdmsr(IA32_MKTME_KEYID_PARTITIONING)
-    if (partitioning & _U32) + (partitioning >> 32) >= MAX_HKIDS:
+    if private_hkids(rdmsr)[1] >= MAX_HKIDS:
         raise LeafError(Status.NUM_ACTIVATED_HKIDS_NOT_SUPPORTED, MAX_HKIDS)
     if rdmsr(IA32_WBINVDP) != rdmsr(IA32_WBNOINVDP):
         raise _incorrect(IA32_WBNOINVDP)
+
+
+def private_hkids(rdmsr: Rdmsr) -> tuple[int, int]:
+    """Return the first and the last private HKID. The module adds up 32-bit numbers."""
+    partitioning = rdmsr(IA32_MKTME_KEYID_PARTITIONING)
+    num_mktme, num_tdx = partitioning & _U32, partitioning >> 32
+    return num_mktme + 1 & _U32, num_mktme + num_tdx & _U32
 
 
 def check_cmrs(cmrs: list[tuple[int, int]], hkid_mask: int) -> None:

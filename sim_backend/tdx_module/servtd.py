@@ -11,7 +11,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.tdx_module.errors import LeafError
-from sim_backend.tdx_module.locks import EXCLUSIVE, HOST_PRIORITY
+from sim_backend.tdx_module.locks import EXCLUSIVE, HOST_PRIORITY, HP_READER
 from sim_backend.tdx_module.metadata_sys import SERVTD_ATTR_FIXED0
 from sim_backend.tdx_module.pamt import PageType
 from uapi_ctypes.tdx_status import Operand, Status
@@ -115,6 +115,7 @@ def guest_lock_tdr(module: TdxModule, hpa: int) -> Tdr:
             if word & HOST_PRIORITY:
                 raise LeafError(Status.OPERAND_BUSY_HOST_PRIORITY, Operand.TDR)
             if word & EXCLUSIVE:
+                module.q[index] = word & ~0xFFFF | (word + HP_READER) & 0xFFFF  # the failed reader stays counted
                 raise LeafError(Status.OPERAND_BUSY, Operand.TDR)
     pamt.lock(hpa, PageType.TDR, Operand.TDR, 0)
     return module.tdrs[hpa]

@@ -97,5 +97,7 @@ def _check_uuid(gprs: Gprs, target: Tdr) -> None:
 def _cross_td_trap(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps, status: int, target_hpa: int) -> NoReturn:
     assert tdvps.cpu is not None, "a running vCPU has a CPU"
     tdvps.cpu.gprs[RAX] = status
-    async_exit(module, lp, regs, tdvps, 0, status=Status.CROSS_TD_TRAP, extended=status, gpa=target_hpa)
+    async_exit(
+        module, lp, regs, tdvps, 0, status=Status.CROSS_TD_TRAP, extended=status, gpa=target_hpa, with_reason=False
+    )
     raise TdExit

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from sim_backend.cpu.engine import ExitReason
 from sim_backend.tdx_module.sept import walk_to_leaf
 from sim_backend.tdx_module.sept_states import PS, RWX
+from sim_backend.tdx_module.td_vmcs import INTERRUPTIBILITY
 
 if TYPE_CHECKING:
     from sim_backend.tdx_module.module import TdxModule
@@ -23,6 +24,8 @@ _EPF_THRESHOLD: Final = 6
 _GPA_LIST_SIZE: Final = 32
 _NOTIFY_EPT_FAULTS: Final = 1 << 0  # TDCS.NOTIFY_ENABLES
 _EPT_VIOLATION: Final = int(ExitReason.EPT_VIOLATION)
+_NMI_UNBLOCKED: Final = 1 << 12  # in the exit qualification
+_BLOCKING_BY_NMI: Final = 1 << 3
 
 
 def reset(tdvps: Tdvps) -> None:
@@ -63,7 +66,9 @@ def is_to_be_notified(tdvps: Tdvps) -> bool:
     last = tdvps.cpu.exit
     return bool(
         tdcs.notify_enables & _NOTIFY_EPT_FAULTS
-        and last.reason == _EPT_VIOLATION
+        and last.reason & 0xFFFF == _EPT_VIOLATION
         and not last.gpa >> tdcs.shared_bit & 1
+        and not last.qualification & _NMI_UNBLOCKED
+        and not tdvps.vmcs.get(INTERRUPTIBILITY, 0) & _BLOCKING_BY_NMI
         and not tdvps.ve_info.valid
     )

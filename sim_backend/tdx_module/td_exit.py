@@ -22,13 +22,16 @@ _TRAP: Final = int(LastTdExit.ASYNC_TRAP)
 _EPT_VIOLATION: Final = int(ExitReason.EPT_VIOLATION)
 _EPT_MISCONFIGURATION: Final = int(ExitReason.EPT_MISCONFIGURATION)
 
-_RECOVERABLE: Final = {
+_RECOVERABLE: Final[dict[int, int]] = {
     Status.SUCCESS: _FAULT,
     Status.CROSS_TD_FAULT: _FAULT,
     Status.CROSS_TD_TRAP: _TRAP,
     Status.HOST_PRIORITY_BUSY_TIMEOUT: _TRAP,
 }
 """Exits after which the vCPU may be entered again, and how the TDCALL that led there ended."""
+
+BUS_LOCK_PREEMPTED: Final = 1 << 26
+"""In an exit reason: a bus lock happened too."""
 
 _ZEROED: Final = (RBX, RBP, RSI, RDI, R10, R11, R12, R13, R14, R15)
 
@@ -81,12 +84,18 @@ def async_exit(
     extended: int = 0,
     gpa: int = 0,
     interruption: int = 0,
+    with_reason: bool = True,
 ) -> None:
     """Do an asynchronous TD exit for VMX exit `reason`; `regs` become what TDH.VP.ENTER returns.
 
-    `status` is RAX[63:32]; the fatal ones make the whole TD unusable.
+    `status` is RAX[63:32]; the fatal ones make the whole TD unusable. `with_reason` is False where no VM exit is
+    being reported.
     """
-    last = _RECOVERABLE.get(Status(status))
+    if tdvps.bus_lock_preempted:
+        # It is told only with an exit that has a reason, and forgotten with any.
+        reason |= BUS_LOCK_PREEMPTED if with_reason else 0
+        tdvps.bus_lock_preempted = False
+    last = _RECOVERABLE.get(status)
     if last is not None:
         leave(module, lp, tdvps, _READY, last)
         if last == _TRAP:

@@ -43,6 +43,7 @@ XFAM_AMX: Final = 3 << 17
 
 MAX_L2_VMS: Final = 3
 MIN_TDCX_PAGES: Final = 6
+_MIN_MAXPA_FOR_5_LEVELS: Final = 49  # [bits]
 _MIN_TSC_FREQUENCY: Final = 4  # [25 MHz]
 _MAX_TSC_FREQUENCY: Final = 400
 _TSC_FREQUENCY_UNIT: Final = 25_000_000  # [Hz]
@@ -147,12 +148,12 @@ class TdConfiguration:
 
 
 def check(
-    params: TdParams, limits: ConfigLimits, capabilities: CpuCapabilities, *, num_tdcx: int, tsc_adjust: int
+    params: TdParams, limits: ConfigLimits, capabilities: CpuCapabilities, *, num_tdcx: int, tsc_adjust: int, maxpa: int
 ) -> TdConfiguration:
     """Check TD_PARAMS in the module's order and return the TD's configuration.
 
-    `num_tdcx` is the number of TDCS pages, `tsc_adjust` IA32_TSC_ADJUST of this LP now. Raise `LeafError`, or
-    `CpuidConfigError` where RCX names the CPUID leaf.
+    `num_tdcx` is the number of TDCS pages, `tsc_adjust` IA32_TSC_ADJUST of this LP now, `maxpa` in bits. Raise
+    `LeafError`, or `CpuidConfigError` where RCX names the CPUID leaf.
     """
     # 1. ATTRIBUTES and XFAM are allowed; there is room for a vCPU; NUM_L2_VMS fits the TDCS pages.
     if not _are_attributes_allowed(params.attributes, limits):
@@ -172,7 +173,8 @@ def check(
     flags = params.config_flags
     if flags & ~limits.config_flags_fixed0 or ~flags & limits.config_flags_fixed1:
         raise LeafError(Status.OPERAND_INVALID, Operand.EXEC_CONTROLS)
-    if not _are_eptp_controls_allowed(params.eptp_controls, gpaw=bool(flags & FLAG_GPAW), capabilities=capabilities):
+    five_levels = bool(capabilities.ept_vpid_cap & 1 << 7) and maxpa >= _MIN_MAXPA_FOR_5_LEVELS
+    if not _are_eptp_controls_allowed(params.eptp_controls, gpaw=bool(flags & FLAG_GPAW), five_levels=five_levels):
         raise LeafError(Status.OPERAND_INVALID, Operand.EPTP_CONTROLS)
     if not _MIN_TSC_FREQUENCY <= params.tsc_frequency <= _MAX_TSC_FREQUENCY:
         raise LeafError(Status.OPERAND_INVALID, Operand.TSC_FREQUENCY)
@@ -236,11 +238,11 @@ def is_xcr0_allowed(xcr0: int, xfam: int, xcr0_supported: int) -> bool:
     return xcr0 & XFAM_AMX in (0, XFAM_AMX)
 
 
-def _are_eptp_controls_allowed(controls: int, *, gpaw: bool, capabilities: CpuCapabilities) -> bool:
+def _are_eptp_controls_allowed(controls: int, *, gpaw: bool, five_levels: bool) -> bool:
     levels = controls >> 3 & 7  # minus one
     if controls & ~0x3F or controls & 7 != 6 or levels not in (3, 4):
         return False
-    if levels == 4 and not capabilities.ept_vpid_cap & 1 << 7:
+    if levels == 4 and not five_levels:
         return False
     return levels == 4 or not gpaw
 

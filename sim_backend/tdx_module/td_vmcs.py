@@ -1,13 +1,15 @@
 """The TD VMCS: its initial values, and its fields as metadata reads and writes them.
 
-Guest state is where the guest runs, in the `Cpu`; exit information is the `Cpu`'s last exit; everything else is a
-dictionary in the TDVPS. Encodings: Intel SDM Vol. 3, Appendix B. Initial values: TDX Module ABI Reference, "TD VMCS".
+Guest state is where the guest runs, in the `Cpu` and its virtual APIC; exit information is the `Cpu`'s last exit;
+everything else is a dictionary in the TDVPS. Encodings: Intel SDM Vol. 3, Appendix B. Initial values: TDX Module ABI
+Reference, "TD VMCS".
 """
 
 from collections.abc import Callable
 from typing import Final
 
 from sim_backend.cpu.engine import Cpu, CpuState, Segment
+from sim_backend.cpu.virtual_apic import VirtualApic
 from sim_backend.tdx_module.cpu_capabilities import CpuCapabilities
 from sim_backend.tdx_module.cpuid_virtualization import CpuidFlags
 from sim_backend.tdx_module.errors import SimBug
@@ -29,6 +31,8 @@ IA32_EFER: Final = 0x2806
 PIN_CONTROLS: Final = 0x4000
 PROC_CONTROLS: Final = 0x4002
 EXCEPTION_BITMAP: Final = 0x4004
+PF_ERROR_CODE_MASK: Final = 0x4006
+PF_ERROR_CODE_MATCH: Final = 0x4008
 ENTRY_INTERRUPTION_INFO: Final = 0x4016
 ENTRY_EXCEPTION_ERROR: Final = 0x4018
 PROC_CONTROLS2: Final = 0x401E
@@ -189,6 +193,14 @@ def _cpu(tdvps: Tdvps) -> Cpu:
     return tdvps.cpu
 
 
+def virtual_apic(tdvps: Tdvps) -> VirtualApic:
+    """Return the vCPU's virtual APIC, which keeps Guest Interrupt Status."""
+    apic = _cpu(tdvps).virtual_apic
+    if apic is None:
+        raise SimBug("an initialised vCPU without its virtual APIC")
+    return apic
+
+
 def real_cr0(tdvps: Tdvps, seen: int) -> int:
     """Return Guest CR0 of a guest that reads `seen`: bits that the module owns have their initial value."""
     mask = tdvps.vmcs[CR0_GUEST_HOST_MASK]
@@ -213,6 +225,8 @@ def read(tdvps: Tdvps, encoding: int) -> int:
         return cpu.rflags
     if encoding == _RSP_ENCODING:
         return cpu.gprs[_RSP]
+    if encoding == GUEST_INTERRUPT_STATUS:
+        return virtual_apic(tdvps).guest_interrupt_status
     reader = _state_reader(tdvps, encoding)
     return tdvps.vmcs.get(encoding, 0) if reader is None else reader(cpu.get_state())
 
@@ -243,6 +257,8 @@ def write(tdvps: Tdvps, encoding: int, value: int) -> None:
         cpu.rflags = value
     elif encoding == _RSP_ENCODING:
         cpu.gprs[_RSP] = value
+    elif encoding == GUEST_INTERRUPT_STATUS:
+        virtual_apic(tdvps).guest_interrupt_status = value
     elif _state_reader(tdvps, encoding) is not None:
         state = cpu.get_state()
         _store_state(tdvps, state, encoding, value)

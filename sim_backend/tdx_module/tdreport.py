@@ -6,6 +6,7 @@ Spec: TDX Module ABI Reference, "TDREPORT_STRUCT", "REPORTMACSTRUCT", "TDINFO_ST
 from __future__ import annotations
 
 import hashlib
+import hmac
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -19,9 +20,11 @@ _TYPE_TDX: Final = 0x81
 _CPUSVN: Final = bytes([0x11]) * 16  # what the CPU of the recorded vectors reports
 _TEE_TCB_INFO: Final = bytes(256)  # likewise: the SEAM loader's measurements are not modelled
 _TEE_TCB_INFO_HASH: Final = bytes(48)
-_MAC: Final = bytes(32)  # computed by the CPU with a key that software never sees
+REPORTMACSTRUCT_BYTES: Final = 256
+_MAC_OFFSET: Final = 224
+_NO_MAC: Final = bytes(32)
 _TDINFO: Final = Struct("<QQ48s48s48s48s48s48s48s48s48s64x")
-_MACSTRUCT: Final = Struct("<BBBx12x16s48s48s64s32x32s")
+_MACSTRUCT: Final = Struct("<BBBx12x16s48s48s64s32x")
 _DIGEST: Final = bytes(48)
 
 IGNORE_ATTRIBUTES: Final = 1 << 0
@@ -61,10 +64,18 @@ def tee_info_hash(tdcs: Tdcs, ignore: int = 0) -> bytes:
     return tdcs.tee_info_hash
 
 
-def tdreport(tdcs: Tdcs, report_data: bytes) -> bytes:
-    """Return the TDREPORT (1024 bytes) over `report_data` (64 bytes); its MAC is zero, see the model's limits."""
+def _mac(key: bytes | None, mac_struct: bytes) -> bytes:
+    """Return what SEAMREPORT puts in the MAC: HMAC-SHA-256 under the CPU's key. Without a key: zeros."""
+    return _NO_MAC if key is None else hmac.digest(key, mac_struct[:_MAC_OFFSET], "sha256")
+
+
+def is_made_here(key: bytes | None, mac_struct: bytes) -> bool:
+    """Tell whether a CPU with this key made the REPORTMACSTRUCT (256 bytes). A CPU without a key accepts any."""
+    return key is None or hmac.compare_digest(mac_struct[_MAC_OFFSET:], _mac(key, mac_struct))
+
+
+def tdreport(tdcs: Tdcs, report_data: bytes, key: bytes | None) -> bytes:
+    """Return the TDREPORT (1024 bytes) over `report_data` (64 bytes), its MAC made under the CPU's `key`."""
     version = 1 if tdcs.servtd_num else 0
-    mac_struct = _MACSTRUCT.pack(
-        _TYPE_TDX, 0, version, _CPUSVN, _TEE_TCB_INFO_HASH, tee_info_hash(tdcs), report_data, _MAC
-    )
-    return mac_struct + _TEE_TCB_INFO + tdinfo(tdcs)
+    mac_struct = _MACSTRUCT.pack(_TYPE_TDX, 0, version, _CPUSVN, _TEE_TCB_INFO_HASH, tee_info_hash(tdcs), report_data)
+    return mac_struct + _mac(key, mac_struct) + _TEE_TCB_INFO + tdinfo(tdcs)

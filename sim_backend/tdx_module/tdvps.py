@@ -12,6 +12,8 @@ from uapi_ctypes.tdx_leaves import SeamcallLeaf
 MIN_TDVPS_PAGES = 6
 TDVPS_PAGES_PER_L2_VM = 3
 MAX_TDVPS_PAGES = 15
+VAPIC_PAGE = 2
+"""The TDVPS page that is the virtual-APIC page."""
 NO_LP = 0xFFFF_FFFF
 """ASSOC_LPID of a vCPU that is associated with no LP."""
 
@@ -52,6 +54,7 @@ class Tdvps:
 
     __slots__ = (
         "assoc_lpid",
+        "bus_lock_preempted",
         "cpu",
         "cpuid_control",
         "cpuid_supervisor_ve",
@@ -91,6 +94,7 @@ class Tdvps:
         self.vcpu_index = 0
         self.assoc_lpid = NO_LP
         self.vcpu_epoch = 0
+        self.bus_lock_preempted = False  # a bus lock that another exit overtook, not reported to the host yet
         self.cpuid_supervisor_ve = 0
         self.cpuid_user_ve = 0
         self.last_exit_tsc = 0

@@ -4,8 +4,9 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.engine import Cpu, CpuState
+from sim_backend.hw.gprs import GPR_NAMES
 from sim_backend.kvm.default_vm.instruction import Instruction, segment_of
-from sim_backend.kvm.errors import Errno
+from sim_backend.kvm.errors import Errno, NotModelled
 from sim_backend.kvm.guest_paging import read_guest, translate, write_guest
 from sim_backend.kvm.memslots import KVM_MEM_READONLY
 
@@ -34,7 +35,14 @@ class PageFault(Exception):  # noqa: N818 - control flow of an attempt
 
 
 class Unhandled(Exception):  # noqa: N818 - control flow of an attempt
-    """The emulator cannot do this instruction."""
+    """KVM's emulator does not know this instruction (`opcode_table` and its groups)."""
+
+
+class GuestException(Exception):  # noqa: N818 - control flow of an attempt
+    """The instruction faults by itself: #DE, or #GP for a misaligned operand."""
+
+    def __init__(self, vector: int) -> None:
+        self.vector = vector
 
 
 class Attempt:
@@ -51,6 +59,8 @@ class Attempt:
         self._segments: dict[str, int] = {}
         self.fragments: Final[list[tuple[int, bytes]]] = []
         self.long_mode: Final = cpu.in_64bit_mode()
+        self.code = b""
+        self._state_changed = False
 
     def fetch(self) -> bytes:
         """Return the bytes at RIP."""
@@ -67,7 +77,17 @@ class Attempt:
             code += part
         if not code:
             raise Unhandled
+        self.code = code
         return code
+
+    def not_modelled(self) -> NotModelled:
+        """Return the error for an instruction that KVM's emulator knows and this one does not."""
+        cpu = self._cpu
+        registers = " ".join(f"{name}={value:#x}" for name, value in zip(GPR_NAMES, cpu.gprs, strict=True))
+        return NotModelled(
+            f"KVM's instruction emulator has an instruction that the model of it lacks, at RIP {cpu.rip:#x}: "
+            f"bytes {self.code.hex(' ')}; {registers}"
+        )
 
     def commit(self) -> None:
         """Store registers, flags and RIP."""
@@ -75,6 +95,17 @@ class Attempt:
         cpu.gprs[:] = self.gprs
         cpu.rflags = self.rflags
         cpu.rip = self.rip if self.long_mode else self.rip & 0xFFFF_FFFF
+        if self._state_changed:
+            cpu.set_state(self.state)
+
+    def cpl(self) -> int:
+        """Return the privilege level."""
+        return self._cpu.cpl()
+
+    def set_fxsave(self, image: bytes) -> None:
+        """Replace x87 and SSE state."""
+        self.state.fxsave = image
+        self._state_changed = True
 
     # ---- memory ---------------------------------------------------------------------------------------------
 

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from sim_backend.cpu.engine import Cpu
 from sim_backend.hw.gprs import RAX, RCX, RDI, RSI, RSP
-from sim_backend.kvm.default_vm import alu
-from sim_backend.kvm.default_vm.attempt import FRAGMENT, LONGEST, Attempt, NeedsRead, PageFault, Unhandled
+from sim_backend.kvm.default_vm import alu, memory_instructions
+from sim_backend.kvm.default_vm.attempt import (
+    FRAGMENT,
+    LONGEST,
+    Attempt,
+    GuestException,
+    NeedsRead,
+    PageFault,
+    Unhandled,
+)
 from sim_backend.kvm.default_vm.guest_events import UD, raise_in_guest
-from sim_backend.kvm.default_vm.instruction import DecodeError, Decoder, Instruction, segment_of
+from sim_backend.kvm.default_vm.instruction import DecodeError, Decoder, Instruction, NotDecoded, segment_of
 from sim_backend.kvm.guest_paging import read_guest, translate
 from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION, UNION_U32, UNION_U64
 
@@ -35,7 +43,7 @@ def emulate_instruction(vcpu: "Vcpu", cpu: Cpu, gpa: int, gla: int) -> bool:
 
 def _attempt(vcpu: "Vcpu", cpu: Cpu, answers: list[bytes]) -> bool:
     state = cpu.get_state()
-    attempt = _Execution(vcpu, cpu, state, answers)
+    attempt = Execution(vcpu, cpu, state, answers)
     try:
         code = attempt.fetch()
         instruction = Decoder(cpu, state, code).decode()
@@ -46,8 +54,12 @@ def _attempt(vcpu: "Vcpu", cpu: Cpu, answers: list[bytes]) -> bool:
         state.cr2 = fault.linear
         cpu.set_state(state)
         return raise_in_guest(vcpu, cpu, 14, (2 if fault.write else 0) | (4 if cpu.cpl() == 3 else 0))
+    except GuestException as exception:
+        return raise_in_guest(vcpu, cpu, exception.vector)
     except (DecodeError, Unhandled):
         return emulation_failure(vcpu, cpu)
+    except NotDecoded:
+        raise attempt.not_modelled() from None
     attempt.commit()
     if attempt.fragments:
         return _exit_for_writes(vcpu, attempt.fragments)
@@ -123,7 +135,7 @@ def _exit_for_writes(vcpu: "Vcpu", fragments: list[tuple[int, bytes]]) -> bool:
 # ---- one attempt --------------------------------------------------------------------------------------------
 
 
-class _Execution(Attempt):
+class Execution(Attempt):
     """An attempt that knows the instructions."""
 
     # ---- instructions ---------------------------------------------------------------------------------------
@@ -140,6 +152,8 @@ class _Execution(Attempt):
             self._alu_form(one, size)
         elif opcode in self.HANDLERS:
             self.HANDLERS[opcode](self, one, size)
+        elif opcode in memory_instructions.HANDLERS:
+            memory_instructions.HANDLERS[opcode](self, one, size)
         else:
             raise Unhandled
 
@@ -229,7 +243,7 @@ class _Execution(Attempt):
             result, self.rflags = alu.alu(alu.SUB, 0, value, bits, self.rflags)
             self.write_rm(one, size, result)
         else:
-            raise Unhandled
+            memory_instructions.multiply_or_divide(self, one, size)
 
     def _group45(self, one: Instruction, size: int) -> None:
         operation = one.reg & 7
@@ -238,7 +252,11 @@ class _Execution(Attempt):
             result, self.rflags = alu.increment(self.read_rm(one, size), delta, 8 * size, self.rflags)
             self.write_rm(one, size, result)
         elif operation == 6 and one.opcode == 0xFF:
-            self._push_value(one, self.read_rm(one, size))
+            self.push_value(one, self.read_rm(one, size))
+        elif operation in (2, 4) and one.opcode == 0xFF:
+            memory_instructions.jump_or_call(self, one)
+        elif operation in (3, 5) and one.opcode == 0xFF:
+            raise self.not_modelled()
         else:
             raise Unhandled
 
@@ -251,31 +269,38 @@ class _Execution(Attempt):
         self.write_rm(one, size, result)
 
     def _push_register(self, one: Instruction, _size: int) -> None:
-        self._push_value(one, self.gprs[one.reg])
+        self.push_value(one, self.gprs[one.reg])
 
     def _push_immediate(self, one: Instruction, _size: int) -> None:
-        self._push_value(one, one.immediate)
+        self.push_value(one, one.immediate)
 
-    def _stack_bytes(self, one: Instruction) -> int:
+    def stack_bytes(self, one: Instruction) -> int:
+        """Return the width of what the instruction pushes or pops [bytes]."""
         return 8 if self.long_mode and one.operand_bytes == 4 else one.operand_bytes
 
-    def _stack_mask(self) -> int:
+    def stack_mask(self) -> int:
+        """Return the mask of the stack pointer."""
         if self.long_mode:
             return _U64
         return 0xFFFF_FFFF if self.state.ss.ar >> 14 & 1 else 0xFFFF
 
-    def _push_value(self, one: Instruction, value: int) -> None:
-        size, mask = self._stack_bytes(one), self._stack_mask()
+    def push_value(self, one: Instruction, value: int) -> None:
+        """Push a value."""
+        size, mask = self.stack_bytes(one), self.stack_mask()
         top = self.gprs[RSP] - size & mask
         self.store(self.linear("ss", top, 8 if mask == _U64 else 4), size, value)
         self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | top
 
     def _pop_register(self, one: Instruction, _size: int) -> None:
-        size, mask = self._stack_bytes(one), self._stack_mask()
+        self.put(one.reg, self.stack_bytes(one), self.pop_value(one), 1)
+
+    def pop_value(self, one: Instruction) -> int:
+        """Pop a value."""
+        size, mask = self.stack_bytes(one), self.stack_mask()
         top = self.gprs[RSP] & mask
         value = self.load(self.linear("ss", top, 8 if mask == _U64 else 4), size)
         self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | top + size & mask
-        self.put(one.reg, size, value, 1)
+        return value
 
     # ---- strings --------------------------------------------------------------------------------------------
 
@@ -317,7 +342,7 @@ class _Execution(Attempt):
         value = self.gprs[register] + delta & mask
         self.gprs[register] = value if mask >> 16 else self.gprs[register] & ~mask | value
 
-    HANDLERS: ClassVar[dict[int, "Callable[[_Execution, Instruction, int], None]"]] = {
+    HANDLERS: ClassVar[dict[int, "Callable[[Execution, Instruction, int], None]"]] = {
         **dict.fromkeys(range(0x50, 0x58), _push_register),
         **dict.fromkeys(range(0x58, 0x60), _pop_register),
         **dict.fromkeys((0x68, 0x6A), _push_immediate),

@@ -19,7 +19,11 @@ _RM16: Final = ((3, 6), (3, 7), (5, 6), (5, 7), (6,), (7,), (5,), (3,))
 
 
 class DecodeError(Exception):
-    """The bytes end too early or are no instruction that can be decoded here."""
+    """The bytes end too early or are no instruction that KVM's emulator knows."""
+
+
+class NotDecoded(Exception):  # noqa: N818 - control flow of an attempt
+    """KVM's emulator knows the instruction and this decoder does not."""
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class Instruction:
     rex: int = 0
     lock: bool = False
     repeat: int = 0  # 0, 0xF2 or 0xF3
+    mandatory_prefix: int = 0  # 0, 0x66, 0xF2 or 0xF3: chooses among SSE instructions
     segment: str = "ds"
     reg: int = 0
     rm: int = 0  # register number when `is_memory` is False
@@ -91,8 +96,13 @@ class Decoder:
             byte = self._byte()
         self._sizes(one, operand_override, address_override)
         one.opcode = byte if byte != 0x0F else 0x0F00 | self._byte()
+        if one.opcode == 0x0F38:
+            one.opcode = 0x0F3800 | self._byte()
+        one.mandatory_prefix = one.repeat or (0x66 if operand_override else 0)
         layout = _LAYOUT.get(one.opcode)
         if layout is None:
+            if one.opcode in _KVM_EMULATES:
+                raise NotDecoded
             raise DecodeError(f"opcode {one.opcode:#x}")
         if "m" in layout:
             self._modrm(one, segment_given)
@@ -105,6 +115,8 @@ class Decoder:
         group3_test = one.opcode in (0xF6, 0xF7) and one.reg & 7 in (0, 1)
         if "b" in layout or (group3_test and one.opcode == 0xF6):
             one.immediate = self._signed(1)
+        elif "w" in layout:
+            one.immediate = self._signed(2)
         elif "z" in layout or (group3_test and one.opcode == 0xF7):
             one.immediate = self._signed(min(one.operand_bytes, 4))
         one.length = self._at
@@ -178,7 +190,7 @@ def segment_of(state: CpuState, name: str) -> Segment:
 
 
 def _layouts() -> dict[int, str]:
-    """Opcode to what follows it: m ModRM, b imm8, z imm16/32, o memory offset, r register in the opcode."""
+    """Opcode to what follows it: m ModRM, b imm8, z imm16/32, o memory offset, w imm16, r register in the opcode."""
     table: dict[int, str] = {}
     for row in range(0, 0x40, 8):
         for column in range(4):
@@ -192,9 +204,35 @@ def _layouts() -> dict[int, str]:
     table |= {0xC0: "mb", 0xC1: "mb", 0xC6: "mb", 0xC7: "mz", 0xD0: "m", 0xD1: "m", 0xD2: "m", 0xD3: "m"}
     table |= {0xF6: "m", 0xF7: "m", 0xFE: "m", 0xFF: "m", 0x63: "m", 0x69: "mz", 0x6B: "mb"}
     table |= dict.fromkeys((0x0FB0, 0x0FB1, 0x0FB6, 0x0FB7, 0x0FBE, 0x0FBF, 0x0FC0, 0x0FC1, 0x0FAF, 0x0FC3), "m")
-    table |= dict.fromkeys((0x0FA3, 0x0FAB, 0x0FB3, 0x0FBB), "m") | {0x0FBA: "mb"}
+    table |= dict.fromkeys((0x0FA3, 0x0FAB, 0x0FB3, 0x0FBB, 0x0FBC, 0x0FBD, 0x0FC7), "m") | {0x0FBA: "mb"}
+    table |= dict.fromkeys((0x0F01, 0x0F10, 0x0F11, 0x0F28, 0x0F29, 0x0F2B, 0x0F6F, 0x0F7F, 0x0FAE, 0x0FE7), "m")
+    table |= {0x0F38F0: "m", 0x0F38F1: "m", 0xD9: "m", 0xDD: "m", 0xE8: "z", 0xC2: "w", 0xC3: "", 0x9C: "", 0x9D: ""}
     table |= dict.fromkeys(range(0x0F40, 0x0F50), "m") | dict.fromkeys(range(0x0F90, 0x0FA0), "m")
     return table
 
 
 _LAYOUT: Final = _layouts()
+_KVM_EMULATES: Final = frozenset(
+    {
+        *(0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F),  # PUSH and POP of segment registers
+        *(0x60, 0x61, 0x6C, 0x6D, 0x6E, 0x6F),  # PUSHA, POPA, INS, OUTS
+        *(
+            0x9A,
+            0xC4,
+            0xC5,
+            0xC8,
+            0xC9,
+            0xCA,
+            0xCB,
+            0xCC,
+            0xCD,
+            0xCE,
+            0xCF,
+            0xD7,
+            0xEA,
+        ),  # far, LES, LDS, ENTER, INT, XLAT
+        *(0x0F00, 0x0F0D, 0x0FA0, 0x0FA1, 0x0FA4, 0x0FA5, 0x0FA8, 0x0FA9, 0x0FAC, 0x0FAD, 0x0FB2, 0x0FB4, 0x0FB5),
+        *range(0x0F18, 0x0F20),
+    }
+)
+"""Opcodes with a memory operand, or the stack's, in KVM's `opcode_table` that are not decoded here."""

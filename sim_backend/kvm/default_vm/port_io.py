@@ -78,6 +78,8 @@ def _exit_io(vcpu: "Vcpu", direction: int, size: int, port: int, count: int, com
     run.u16[UNION // 2 + 1] = port
     run.u32[UNION_U32 + 1] = count
     run.u64[UNION_U64 + 1] = PIO_PAGE_OFFSET
+    if not direction:
+        run.u8[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size * count] = bytes(size * count)
     vcpu.complete_userspace_io = complete  # type: ignore[assignment]
     return False
 
@@ -118,7 +120,8 @@ def _string_io(vcpu: "Vcpu", cpu: Cpu, port: int, size: int) -> bool:
         return True
     if qualification & _IN:
         in_page = (cpu.gprs[RDI] & 0xFFF) if step < 0 else 4096 - (cpu.gprs[RDI] & 0xFFF)
-        count = max(min(in_page // size, 1024 // size, remaining), 1)
+        # The kernel compares a number of bytes with numbers of elements here.
+        count = max(min(in_page, 1024 // size, remaining), 1)
         linear = cpu.exit.gla
 
         def complete_ins() -> bool:

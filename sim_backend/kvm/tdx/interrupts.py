@@ -1,10 +1,9 @@
 """Interrupts and NMIs of a TD's vCPU: posted, never injected, because KVM cannot write the vCPU's APIC page."""
 
-import threading
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.tdx import vp_fields
-from sim_backend.kvm.tdx.init_vcpu import write_field
+from sim_backend.kvm.tdx.init_vcpu import POSTED_INTERRUPT_VECTOR, write_field
 from sim_backend.kvm.tdx.seamcalls import SUCCESS
 
 if TYPE_CHECKING:
@@ -14,29 +13,33 @@ if TYPE_CHECKING:
 EXIT_REASON_HLT: Final = 12
 _PIR_WORDS: Final = 4
 _CONTROL_WORD: Final = 4  # u64 index of ON, SN, NV and NDST in the descriptor
-_ON: Final = 1
+PI_CONTROL_BYTES: Final = 8 * _CONTROL_WORD
+PI_ON: Final = 1
 _RVI_PENDING: Final = 1  # VCPU_STATE_DETAILS bit 0: a virtual interrupt is deliverable
-_pir_lock: Final = threading.Lock()  # stands for the locked bit operations on descriptors
 
 
 def deliver_interrupt(ops: "TdxOps", vcpu: "Vcpu", vector: int) -> None:
     """Set `vector` in the posted-interrupt requests and notify the vCPU (any thread)."""
-    base = vcpu.vendor.pi_descriptor >> 3
-    q = ops.host.memory.q
-    with _pir_lock:
+    vendor, memory = vcpu.vendor, ops.host.memory
+    vendor.interrupt_since_halt = True
+    base = vendor.pi_descriptor >> 3
+    q = memory.q
+    with memory.locked_instruction:
         q[base + (vector >> 6)] |= 1 << (vector & 63)
-        if q[base + _CONTROL_WORD] & _ON:
+        if q[base + _CONTROL_WORD] & PI_ON:
             return
-        q[base + _CONTROL_WORD] |= _ON
-    vcpu.vendor.interrupt_since_halt = True
-    vcpu.kick()
+        q[base + _CONTROL_WORD] |= PI_ON
+    if vcpu.in_guest:
+        ops.host.seam.interrupt(vcpu.lp, POSTED_INTERRUPT_VECTOR)
+    else:
+        vcpu.kick()
 
 
 def posted_interrupt_pending(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     """Tell whether a posted interrupt waits for the processor to pick it up."""
     base = vcpu.vendor.pi_descriptor >> 3
     q = ops.host.memory.q
-    return bool(q[base + _CONTROL_WORD] & _ON) or any(q[base : base + _PIR_WORDS])
+    return bool(q[base + _CONTROL_WORD] & PI_ON) or any(q[base : base + _PIR_WORDS])
 
 
 def has_events(ops: "TdxOps", vcpu: "Vcpu") -> bool:

@@ -25,6 +25,9 @@ def load_root(ops: "TdxOps", vcpu: "Vcpu") -> None:
     vendor, td = vcpu.vendor, ops.td
     if vendor.root_loaded:
         return
+    if not td.ept_levels:  # v17 runs a vCPU before KVM_TDX_INIT_VM: its TDH.VP.WR names no TDVPR
+        ops.vm.bug()
+        raise Errno(errno.EIO)
     if not ops.host.is_v17 and ops.host.profile.five_level_ept and (vcpu.cpuid.max_gfn_bits > 48) != td.gpaw52:
         ops.vm.bug()
         raise Errno(errno.EIO)

@@ -9,6 +9,8 @@ from sim_backend.cpu.engine import ExitReason
 from sim_backend.hw.gprs import R8, R9, R10, R11, RAX, RCX, RDX
 from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.kvm_run_page import EXIT_REASON, FLAGS, UNION_U32, UNION_U64
+from sim_backend.kvm.tdx.init_vcpu import POSTED_INTERRUPT_VECTOR
+from sim_backend.kvm.tdx.interrupts import PI_CONTROL_BYTES, PI_ON
 from sim_backend.kvm.tdx.page_fault import handle_ept_violation
 from sim_backend.kvm.tdx.root import load_root
 from sim_backend.kvm.tdx.seamcalls import (
@@ -81,6 +83,8 @@ def enter_and_exit(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     regs[RCX] = vendor.tdvpr
     vendor.associated_lp = lp
     vcpu.has_run = True
+    if ops.host.memory.q[vendor.pi_descriptor + PI_CONTROL_BYTES >> 3] & PI_ON:
+        ops.host.seam.interrupt(lp, POSTED_INTERRUPT_VECTOR)  # to itself: taken as soon as the guest runs
     try:
         ops.seamcall(lp, regs)
     finally:

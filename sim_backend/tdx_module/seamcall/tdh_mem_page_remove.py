@@ -10,7 +10,7 @@ from sim_backend.tdx_module.errors import LeafError
 from sim_backend.tdx_module.not_modelled import NotModelled
 from sim_backend.tdx_module.op_states import OpState
 from sim_backend.tdx_module.pamt import PageType
-from sim_backend.tdx_module.sept import LEVEL_SHIFT, gpa_mapping, show_entry, walk_to
+from sim_backend.tdx_module.sept import LEVEL_SHIFT, clear_accept_counter, gpa_mapping, show_entry, walk_to
 from sim_backend.tdx_module.sept_states import FREE_ENTRY, HPA_MASK, PS, state_of
 from sim_backend.tdx_module.tlb_tracking import check_blocked_and_tracked
 from uapi_ctypes.tdx_leaves import SeamcallLeaf
@@ -66,6 +66,7 @@ def tdh_mem_page_remove(module: TdxModule, lp: int, regs: Gprs) -> int:  # noqa:
     pamt.lock_entry(pamt_entry, Operand.RCX, 1)
 
     # 5. Where vCPUs may run, the page is blocked and tracked.
+    entry = clear_accept_counter(entry, level)
     check_blocked_and_tracked(tdcs, entry, level, q[pamt_entry + 1], regs)
 
     # ---- Every check passed: from here on the leaf cannot fail. ----

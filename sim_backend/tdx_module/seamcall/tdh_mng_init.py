@@ -64,6 +64,7 @@ def tdh_mng_init(module: TdxModule, lp: int, regs: Gprs) -> int:
             capabilities,
             num_tdcx=tdr.num_tdcx,
             tsc_adjust=module.platform.rdmsr(lp, IA32_TSC_ADJUST),
+            maxpa=module.platform.maxpa,
         )
     except CpuidConfigError as error:
         regs[RCX] = error.leaf_subleaf

@@ -79,11 +79,9 @@ def tdh_sys_init(module: TdxModule, lp: int, regs: Gprs) -> int:
     module.capabilities = cpu_capabilities.sample(cpuid, rdmsr, fms)
     module.msrs = _sample_msrs(platform.lps[lp], platform.msrs)
     module.cache_blocks = rdmsr(checks.IA32_WBINVDP)
-    partitioning = rdmsr(checks.IA32_MKTME_KEYID_PARTITIONING)
-    module.first_private_hkid = (partitioning & 0xFFFF_FFFF) + 1
-    module.last_private_hkid = (partitioning & 0xFFFF_FFFF) + (partitioning >> 32)
+    module.first_private_hkid, module.last_private_hkid = checks.private_hkids(rdmsr)
     module.hkid_start_bit, module.hkid_mask = start_bit, hkid_mask
-    module.shared_end = module.first_private_hkid << start_bit
+    module.shared_end = min(module.first_private_hkid << start_bit, 1 << platform.maxpa)
     module.kot = KeyOwnershipTable(checks.MAX_HKIDS)
     module.pamt = Pamt(module.memory, start_bit)
     module.cmrs = list(platform.cmrs)

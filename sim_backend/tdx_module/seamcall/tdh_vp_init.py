@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from sim_backend.cpu.virtual_apic import VirtualApic
 from sim_backend.hw.gprs import R8, RAX, RBX, RCX, RDX, RSI, Gprs, new_gprs
 from sim_backend.tdx_module import metadata_vp, td_vmcs
 from sim_backend.tdx_module.errors import LeafError
 from sim_backend.tdx_module.op_states import ALLOWED
 from sim_backend.tdx_module.second_level import TdSecondLevel
-from sim_backend.tdx_module.tdvps import LastTdExit, Tdvps, VcpuState, needed_tdvps_pages
+from sim_backend.tdx_module.tdvps import VAPIC_PAGE, LastTdExit, Tdvps, VcpuState, needed_tdvps_pages
 from uapi_ctypes.tdx_leaves import SeamcallLeaf
 from uapi_ctypes.tdx_status import Operand, Status
 
@@ -90,5 +91,6 @@ def _start_cpu(module: TdxModule, tdvps: Tdvps, init_rcx: int) -> None:
     cpu.set_state(td_vmcs.initial_cpu_state())
     cpu.msr_policy = tdcs.msr_bitmap
     cpu.second_level = TdSecondLevel(module, tdvps)
+    cpu.virtual_apic = VirtualApic(module.memory, tdvps.tdvps_page_pa[VAPIC_PAGE])
     tdvps.cpu = cpu
     td_vmcs.initialize(tdvps.tdr, tdvps, module.sampled_capabilities(), module.hkid_start_bit)

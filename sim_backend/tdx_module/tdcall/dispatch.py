@@ -77,7 +77,7 @@ def tdcall(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> Outcome:
         status = _BUSY | status & 0xFFFF_FFFF  # what guests older than host priority know
         if _is_out_of_patience(module, tdvps):
             gprs[RAX] = status
-            async_exit(module, lp, regs, tdvps, 0, status=Status.HOST_PRIORITY_BUSY_TIMEOUT)
+            async_exit(module, lp, regs, tdvps, 0, status=Status.HOST_PRIORITY_BUSY_TIMEOUT, with_reason=False)
             return Outcome.TD_EXIT
     else:
         tdvps.hp_lock_busy = False

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from sim_backend.tdx_module.tdvps import Tdvps
 
 _LEAF: Final = TdcallLeaf.TDG_MEM_PAGE_ACCEPT
+_ACCEPTED: Final[dict[int, int]] = {
+    state: ENTRY_BITS[to] | RWX for (state, leaf), to in TRANSITIONS.items() if leaf == _LEAF
+}
+"""The entry's bits, less the HPA, once a page in that state is accepted."""
 _ACCESSIBLE: Final = frozenset({
     SeptState.MAPPED, SeptState.BLOCKEDW, SeptState.EXPORTED_BLOCKEDW, SeptState.EXPORTED_DIRTY,
     SeptState.EXPORTED_DIRTY_BLOCKEDW,
@@ -115,7 +119,7 @@ def tdg_mem_page_accept(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) ->
             module.memory.discard(hpa + done * PAGE_SIZE, (512 - done) * PAGE_SIZE)
     else:
         module.memory.zero_page(hpa)
-    q[index] = ENTRY_BITS[TRANSITIONS[SeptState(state), _LEAF]] | RWX | hpa
+    q[index] = _ACCEPTED[state] | hpa
     return 0
 
 

@@ -52,7 +52,7 @@ def tdg_mr_report(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> int:
     attempt = tdcs.rtmr_lock.guest_try_shared()
     if attempt != GuestTry.ACQUIRED:
         raise LeafError(BUSY_STATUS[attempt], Operand.RTMR)
-    report = tdreport(tdcs, module.memory.read(data_hpa, REPORTDATA_BYTES))
+    report = tdreport(tdcs, module.memory.read(data_hpa, REPORTDATA_BYTES), module.platform.report_key)
     if module.platform.rdmsr(lp, IA32_INTR_PENDING):
         return INTERRUPTED
 

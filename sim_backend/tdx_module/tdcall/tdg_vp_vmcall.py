@@ -9,7 +9,7 @@ from sim_backend.cpu.engine import ExitReason
 from sim_backend.hw.gprs import RAX, RBP, RCX, Gprs
 from sim_backend.tdx_module.errors import LeafError
 from sim_backend.tdx_module.outcome import EXITED
-from sim_backend.tdx_module.td_exit import advance_rip, leave
+from sim_backend.tdx_module.td_exit import BUS_LOCK_PREEMPTED, advance_rip, leave
 from sim_backend.tdx_module.td_params import FLAG_NO_RBP_MOD
 from sim_backend.tdx_module.tdvps import LastTdExit, VcpuState
 from uapi_ctypes.tdx_status import Operand, Status
@@ -67,7 +67,8 @@ def tdg_vp_vmcall(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> int:
     for register in _zeroed_registers(mask, keep_rbp):
         regs[register] = 0
     regs[RCX] = control | tdvps.curr_vm << 32
-    regs[RAX] = _TDCALL
+    regs[RAX] = _TDCALL | (BUS_LOCK_PREEMPTED if tdvps.bus_lock_preempted else 0)
+    tdvps.bus_lock_preempted = False
     leave(module, lp, tdvps, _READY, _LAST_TDVMCALL)
     advance_rip(tdvps)
     return EXITED

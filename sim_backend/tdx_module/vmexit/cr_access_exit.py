@@ -47,7 +47,6 @@ _XFAM_PKRU: Final = 1 << 9
 _XFAM_UINTR: Final = 1 << 14
 _EFER_LME: Final = 1 << 8
 _EFER_LMA: Final = 1 << 10
-_CR8_MAX: Final = 0xF
 
 
 def cr_access_exit(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> Outcome:
@@ -69,9 +68,7 @@ def cr_access_exit(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> Outc
             return _write_cr0(module, tdvps, state, value)
         if number == 4:
             return _write_cr4(module, tdvps, state, value)
-        if number == 8:
-            return _write_cr8(tdvps, state, value)
-    # Only a debugger can have asked for the others.
+    # Only a debugger can have asked for the others: CR8 is the virtual APIC's TPR.
     return unexpected_exit(module, lp, regs, tdvps)
 
 
@@ -151,11 +148,3 @@ def _is_cr4_fault(state: CpuState, value: int) -> bool:
     elif value & _CR4_PCIDE:
         return True
     return bool(value & ~state.cr4 & _CR4_PCIDE and state.cr3 & 0xFFF)
-
-
-def _write_cr8(tdvps: Tdvps, state: CpuState, value: int) -> Outcome:
-    if value > _CR8_MAX:
-        return _gp(tdvps)
-    state.cr8 = value
-    assert tdvps.cpu is not None, "a running vCPU has a CPU"
-    return _complete(tdvps.cpu, state)

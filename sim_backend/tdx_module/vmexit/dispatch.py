@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from sim_backend.cpu.engine import ExitReason
 from sim_backend.hw.gprs import Gprs
 from sim_backend.tdx_module import stepping
-from sim_backend.tdx_module.event_injection import EventInjected
+from sim_backend.tdx_module.event_injection import EventInjected, entry_is_over, is_intercepted
 from sim_backend.tdx_module.nmi import arm_window
+from sim_backend.tdx_module.not_modelled import NotModelled
 from sim_backend.tdx_module.outcome import Outcome
-from sim_backend.tdx_module.td_exit import TdExit, advance_rip, async_exit
+from sim_backend.tdx_module.td_exit import BUS_LOCK_PREEMPTED, TdExit, advance_rip, async_exit
+from sim_backend.tdx_module.td_params import ATTR_DEBUG
+from sim_backend.tdx_module.td_vmcs import ENTRY_INTERRUPTION_INFO
 from sim_backend.tdx_module.tdcall.dispatch import tdcall
 from sim_backend.tdx_module.vmexit.cpuid_exit import cpuid_exit
 from sim_backend.tdx_module.vmexit.cr_access_exit import cr_access_exit
@@ -56,6 +59,7 @@ HANDLERS: Final[dict[int, ExitHandler]] = {
     _R.CR_ACCESS: cr_access_exit,
     _R.XSETBV: xsetbv_exit,
     _R.EXTERNAL_INTERRUPT: external_interrupt,
+    _R.C_STATE_SMI: external_interrupt,
     _R.EXCEPTION_OR_NMI: exception_or_nmi,
     _R.TRIPLE_FAULT: triple_fault,
     _R.OTHER_SMI: other_smi,
@@ -74,6 +78,8 @@ HANDLERS: Final[dict[int, ExitHandler]] = {
 }
 # fmt: on
 
+_BASIC_REASON: Final = 0xFFFF
+_ENTRY_FAILED: Final = 1 << 31
 _TD_EXIT: Final = Outcome.TD_EXIT
 _COMPLETED: Final = Outcome.COMPLETED
 
@@ -101,10 +107,16 @@ def vmexit(module: TdxModule, lp: int, regs: Gprs) -> bool:
         return True
     if tdvps.possibly_epf_stepping and cpu.rip != tdvps.rip_on_entry:
         stepping.reset(tdvps)
+    if reason > _BASIC_REASON:
+        if reason & BUS_LOCK_PREEMPTED:
+            tdvps.bus_lock_preempted = True
+        if reason & _ENTRY_FAILED:
+            return _entry_failed(module, lp, regs, tdvps)
+    entry_is_over(tdvps)
     try:
-        outcome = HANDLERS.get(reason, unexpected_exit)(module, lp, regs, tdvps)
+        outcome = HANDLERS.get(reason & _BASIC_REASON, unexpected_exit)(module, lp, regs, tdvps)
     except EventInjected:
-        return False
+        outcome = Outcome.RESUME
     except TdExit:
         return True
     if outcome == _TD_EXIT:
@@ -113,4 +125,33 @@ def vmexit(module: TdxModule, lp: int, regs: Gprs) -> bool:
         if tdvps.pend_nmi and not tdvps.ve_info.valid:
             arm_window(tdvps)
         advance_rip(tdvps)
-    return False
+    if tdvps.bus_lock_preempted:
+        async_exit(module, lp, regs, tdvps, ExitReason.BUS_LOCK)
+        return True
+    return _exit_for_debugger(module, lp, regs, tdvps)
+
+
+def _exit_for_debugger(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> bool:
+    """Leave to the host if it debugs the TD and intercepts the exception that the guest is about to get.
+
+    The exception stays pending: the next TDH.VP.ENTER delivers it.
+    """
+    if not tdvps.tdr.tdcs.attributes & ATTR_DEBUG or not is_intercepted(tdvps):
+        return False
+    async_exit(module, lp, regs, tdvps, ExitReason.EXCEPTION_OR_NMI, interruption=tdvps.vmcs[ENTRY_INTERRUPTION_INFO])
+    return True
+
+
+def _entry_failed(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> bool:
+    """Leave because the CPU refused to enter the guest, which makes the TD unusable; a debugger may repair it."""
+    assert tdvps.cpu is not None, "a running vCPU has a CPU"
+    reason = tdvps.cpu.exit.reason
+    basic = reason & _BASIC_REASON
+    if basic == ExitReason.FAILED_ENTRY_MACHINE_CHECK:
+        status = Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE
+    elif basic == ExitReason.FAILED_ENTRY_GUEST_STATE:
+        status = Status.SUCCESS if tdvps.tdr.tdcs.attributes & ATTR_DEBUG else Status.NON_RECOVERABLE_TD
+    else:
+        raise NotModelled(f"the module's shutdown on an unexpected VM-entry failure (reason {basic})")
+    async_exit(module, lp, regs, tdvps, reason, status=status, qualification=tdvps.cpu.exit.qualification)
+    return True

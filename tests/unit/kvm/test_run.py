@@ -32,7 +32,7 @@ def test_a_signal_ends_a_guest_that_loops(kernel: SimKernel, alarm: object) -> N
         begin = time.monotonic()
         assert errno_of(small.vcpu.run) == "EINTR"
         assert small.vcpu.exit_reason == KvmExit.KVM_EXIT_INTR
-        assert 0.04 < time.monotonic() - begin < 1
+        assert 0.04 < time.monotonic() - begin < 10
 
 
 def test_a_signal_ends_a_halted_vcpu_and_leaves_it_halted(kernel: SimKernel, alarm: object) -> None:
@@ -136,7 +136,7 @@ def test_the_apic_timer_wakes_a_halted_vcpu(kernel: SimKernel) -> None:
         small.vcpu.set_lapic(state)
         begin = time.monotonic()
         assert small.vcpu.run() == KvmExit.KVM_EXIT_IO
-        assert 0.015 < time.monotonic() - begin < 0.5
+        assert 0.015 < time.monotonic() - begin < 10
 
 
 def test_more_running_vcpus_than_processors_all_get_their_turn() -> None:

@@ -43,9 +43,9 @@ def big_host() -> Iterator[SeamcallHost]:
 
 
 def test_a_tdmr_of_256_gib_costs_nothing_until_it_is_touched(big_host: SeamcallHost) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     big_host.module.tdmr_init_all(4 * GIB)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     # The reserved area of 1 GiB for the PAMT itself is 16 bytes a page; nothing else is written.
     assert used_bytes(big_host.module.memory) < 8 << 20
 

@@ -221,3 +221,17 @@ def test_sys_info_agrees_with_the_metadata(host: SeamcallHost) -> None:
     data = host.module.memory.read(info, 1024)
     attributes_fixed0 = host.call(SeamcallLeaf.TDH_SYS_RD, rdx=0x1900_0003_0000_0000)[R8]
     assert attributes_fixed0.to_bytes(8, "little") in data
+
+
+@pytest.mark.parametrize("code", [0x2000, 0x201C, 0x2020, 0x280A, 0x600C])
+def test_enumeration_keeps_the_callers_id_bits_within_an_array_of_vmcs_fields(code: int) -> None:
+    odd = 1 << 63 | 1 << 51 | Context.VP << 52 | code  # NON_ARCH, WRITE_MASK_VALID, no element size
+    following = metadata.next_element(Context.VP, odd, Access.HOST_DEBUG)
+    assert following == odd + 2
+    assert following & 3 << 32 == 0
+
+
+@pytest.mark.parametrize("code", [0x2002, 0x2022, 0x2010, 0x6800])
+def test_enumeration_starts_a_line_of_the_table_with_its_own_id(code: int) -> None:
+    odd = 1 << 63 | Context.VP << 52 | code
+    assert metadata.next_element(Context.VP, odd, Access.HOST_DEBUG) in {field.field_id for field in FIELDS}

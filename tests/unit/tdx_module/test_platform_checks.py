@@ -5,7 +5,7 @@ import pytest
 from sim_backend.hw.gprs import R8, R9, R10, RAX, RCX, RDX
 from sim_backend.seamcall_host import SeamcallHost
 from uapi_ctypes.tdx_leaves import SeamcallLeaf
-from uapi_ctypes.tdx_status import Rax, Status
+from uapi_ctypes.tdx_status import Operand, Rax, Status
 
 MSR_CASES = [
     # MSR, value, status, details
@@ -161,3 +161,30 @@ def test_the_bulk_initialisation_of_a_tdmr_equals_the_leaf(fresh_host: SeamcallH
         assert fresh_host.call(SeamcallLeaf.TDH_PHYMEM_PAGE_RDMD, rcx=page)[RCX] == 0
     with pytest.raises(LookupError, match="no TDMR"):
         fresh_host.module.tdmr_init_all(3 << 30)
+
+
+SEAMRR, HKID_5 = 0xF000_0000, 5 << 46
+
+
+@pytest.mark.parametrize("hpa", [SEAMRR, SEAMRR | HKID_5, (SEAMRR + 0x1FF_F000) | HKID_5, 32 << 46, 1 << 52])
+def test_no_shared_hkid_makes_the_seam_range_shared_memory(fresh_host: SeamcallHost, hpa: int) -> None:
+    fresh_host.configure()
+    leaf = SeamcallLeaf.TDH_SYS_INFO
+    regs = fresh_host.call(leaf, rcx=hpa, rdx=1024, r8=1 << 20, r9=32, accept=Status.OPERAND_INVALID)
+    assert regs[RAX] == int(Rax(Status.OPERAND_INVALID, Operand.RCX))
+
+
+def test_key_ids_beyond_the_address_width_leave_it_as_it_is(fresh_host: SeamcallHost) -> None:
+    fresh_host.platform.wrmsr(0x87, 126 << 32 | 100)
+    fresh_host.configure()
+    regs = fresh_host.call(
+        SeamcallLeaf.TDH_SYS_INFO, rcx=1 << 52, rdx=1024, r8=1 << 20, r9=32, accept=Status.OPERAND_INVALID
+    )
+    assert regs[RAX] == int(Rax(Status.OPERAND_INVALID, Operand.RCX))
+
+
+def test_the_number_of_hkids_is_a_32_bit_sum(fresh_host: SeamcallHost) -> None:
+    fresh_host.platform.wrmsr(0x87, 33 << 32 | 0xFFFF_FFFF)
+    fresh_host.call(SeamcallLeaf.TDH_SYS_INIT)
+    module = fresh_host.module
+    assert (module.first_private_hkid, module.last_private_hkid) == (0, 32)

@@ -172,6 +172,21 @@ def test_a_bound_td_writes_the_migration_key(pair: Pair) -> None:
     assert pair.service.cpu.gprs[R8] == 0x1234
 
 
+def test_each_reading_of_the_encryption_key_begins_with_a_new_one(pair: Pair) -> None:
+    operands = pair.bound()
+    old = list(pair.target_tdr.tdcs.mig_enc_key)
+    keys = []
+    for _ in range(2):
+        for element in range(4):
+            assert pair.service.tdcall(RD, rdx=MIG_ENC_KEY + element, **operands) == SUCCESS
+            keys.append(pair.service.cpu.gprs[R8])
+    assert keys[4:] == pair.target_tdr.tdcs.mig_enc_key
+    assert len({tuple(old), tuple(keys[:4]), tuple(keys[4:])}) == 3
+    pair.service.module.platform.rand_fail = 1000
+    assert pair.service.tdcall(RD, rdx=MIG_ENC_KEY + 1, **operands) == SUCCESS, "only its first element is drawn"
+    assert pair.service.tdcall(RD, rdx=MIG_ENC_KEY, **operands) == Rax(Status.RND_NO_ENTROPY)
+
+
 def test_a_bound_td_writes_nothing_else(pair: Pair) -> None:
     operands = pair.bound()
     status = pair.service.tdcall(WR, rdx=MIG_ENC_KEY, r8=1, r9=NULL, **operands)

@@ -88,6 +88,16 @@ def test_five_level_paging_needs_a_wide_gpa(host: SeamcallHost, td: Td) -> None:
     assert host.module.tdrs[td.tdr].tdcs.gpaw
 
 
+@pytest.mark.parametrize(("maxpa", "allowed"), [(48, False), (49, True)])
+def test_five_level_paging_needs_49_physical_address_bits(
+    host: SeamcallHost, td: Td, maxpa: int, allowed: bool
+) -> None:
+    host.platform.maxpa = maxpa
+    status = init(host, td, lambda data: pack_into("<Q", data, 24, EPTP_5_LEVEL))
+    assert (status == Rax(Status.SUCCESS)) == allowed
+    assert allowed or status == Rax(Status.OPERAND_INVALID, Operand.EPTP_CONTROLS)
+
+
 def test_a_moved_tsc_is_noticed(host: SeamcallHost, td: Td) -> None:
     host.platform.wrmsr(IA32_TSC_ADJUST, 1)
     assert init(host, td) == Rax(Status.INCONSISTENT_MSR, IA32_TSC_ADJUST)

@@ -4,11 +4,14 @@ import hashlib
 
 import pytest
 
+from sim_backend.hw.gprs import R8
 from sim_backend.seamcall_host import SeamcallHost
 from sim_backend.tdx_module.tdreport import IGNORE_MRTD, IGNORE_RTMR0, IGNORE_SERVTD_HASH, tdinfo, tee_info_hash
 from tests.unit.tdx_module.guest_side import GPA, Guest
-from uapi_ctypes.tdx_leaves import TdcallLeaf
-from uapi_ctypes.tdx_status import Rax, Status
+from uapi_ctypes.tdx_leaves import SeamcallLeaf, TdcallLeaf
+from uapi_ctypes.tdx_status import Operand, Rax, Status
+
+TDX_FEATURES0 = 0x0A00_0003_0000_0008
 
 
 @pytest.fixture
@@ -62,3 +65,36 @@ def test_ignoring_zeroes_exactly_the_named_field(guest: Guest) -> None:
 
 def test_the_hash_of_the_whole_is_the_hash_without_ignored_fields(guest: Guest) -> None:
     assert tee_info_hash(guest.tdcs) == hashlib.sha384(tdinfo(guest.tdcs)).digest()
+
+
+def verify(guest: Guest) -> Rax:
+    return guest.tdcall(TdcallLeaf.TDG_MR_VERIFYREPORT, rcx=GPA)
+
+
+def test_a_report_is_verified_by_the_cpu_that_made_it(guest: Guest) -> None:
+    got = report(guest, bytes(range(64)))
+    assert got[224:256] != bytes(32)
+    assert verify(guest) == Rax(Status.SUCCESS)
+    guest.module.platform.report_key = bytes(32)
+    assert verify(guest) == Rax(Status.INVALID_REPORTMACSTRUCT), "another machine"
+
+
+@pytest.mark.parametrize("offset", [0, 16, 80, 128, 223, 224, 255])
+def test_a_changed_report_is_not_verified(guest: Guest, offset: int) -> None:
+    got = report(guest, bytes(64))
+    guest.module.memory.write(guest.page + offset, bytes([got[offset] ^ 1]))
+    assert verify(guest) == Rax(Status.INVALID_REPORTMACSTRUCT)
+
+
+def test_the_cpu_of_the_recorded_vectors_accepts_any_report(guest: Guest) -> None:
+    guest.module.platform.report_key = None
+    assert report(guest, bytes(64))[224:256] == bytes(32)
+    guest.module.memory.write(guest.page, b"\xff")
+    assert verify(guest) == Rax(Status.SUCCESS)
+
+
+def test_a_cpu_without_seamverifyreport_has_no_such_tdcall(guest: Guest) -> None:
+    before = guest.host.call(SeamcallLeaf.TDH_SYS_RD, rdx=TDX_FEATURES0)[R8]
+    guest.module.platform.seamops_capabilities &= ~(1 << 6)
+    assert verify(guest) == Rax(Status.OPERAND_INVALID, Operand.RAX)
+    assert guest.host.call(SeamcallLeaf.TDH_SYS_RD, rdx=TDX_FEATURES0)[R8] == before & ~(1 << 8) != before

@@ -5,9 +5,9 @@ import pytest
 from sim_backend.cpu.engine import ExitReason
 from sim_backend.hw.gprs import R8, R9, RAX, RBP, RBX, RCX, RDX, RSI
 from sim_backend.seamcall_host import SeamcallHost, TdParams
-from sim_backend.tdx_module.not_modelled import NotModelled
+from sim_backend.tdx_module.td_exit import BUS_LOCK_PREEMPTED
 from sim_backend.tdx_module.td_params import ATTR_DEBUG, ATTR_SEPT_VE_DISABLE
-from sim_backend.tdx_module.td_vmcs import EXCEPTION_BITMAP
+from sim_backend.tdx_module.td_vmcs import EXCEPTION_BITMAP, PF_ERROR_CODE_MASK, PF_ERROR_CODE_MATCH
 from sim_backend.tdx_module.tdvps import VcpuState
 from tests.unit.tdx_module.guest_side import DF, FREE_GPA, GP, GPA, SHARED, UD, VE, Guest
 from uapi_ctypes.tdx_leaves import SeamcallLeaf, TdcallLeaf
@@ -18,6 +18,7 @@ WRITE = 0x182
 CR0_PE, CR0_NE, CR0_WP, CR0_CD, CR0_PG = 1 << 0, 1 << 5, 1 << 16, 1 << 30, 1 << 31
 CR4_PAE, CR4_MCE, CR4_VMXE, CR4_PKE = 1 << 5, 1 << 6, 1 << 13, 1 << 22
 RFLAGS_RF = 1 << 16
+ENTRY_FAILED = 1 << 31
 VECTOR_MC = 0x8000_0312
 NMI = 0x8000_0202
 NON_RECOVERABLE_TD_NON_ACCESSIBLE = Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE
@@ -73,11 +74,77 @@ def test_a_second_ve_before_the_first_is_read_is_a_double_fault(guest: Guest) ->
     assert guest.cpu.injected == VE
 
 
-def test_an_intercepted_exception_that_the_module_injects_is_not_modelled(host: SeamcallHost) -> None:
+def test_a_debugger_sees_an_intercepted_exception_before_the_guest(host: SeamcallHost) -> None:
     guest = Guest(host, TdParams(attributes=ATTR_DEBUG))
     guest.tdvps.vmcs[EXCEPTION_BITMAP] |= 1 << 6
-    with pytest.raises(NotModelled, match="vector 6"):
-        guest.exit(ExitReason.VMXON)
+    assert guest.exit(ExitReason.HLT) is None, "#VE is not intercepted"
+    assert guest.exit(ExitReason.VMXON) == Rax(Status.SUCCESS, ExitReason.EXCEPTION_OR_NMI)
+    assert (guest.regs[R9], guest.regs[RCX]) == (UD, 0)
+    guest.enter()
+    assert guest.cpu.injected == UD, "it was only postponed"
+
+
+@pytest.mark.parametrize(("match", "leaves"), [(0, True), (4, False)])
+def test_a_debugger_may_filter_page_faults_by_error_code(host: SeamcallHost, match: int, leaves: bool) -> None:
+    guest = Guest(host, TdParams(attributes=ATTR_DEBUG))
+    guest.tdvps.vmcs.update({EXCEPTION_BITMAP: 1 << 14, PF_ERROR_CODE_MASK: 4, PF_ERROR_CODE_MATCH: match})
+    status = guest.exit(ExitReason.EPT_VIOLATION, gpa=1 << 48, qualification=READ)
+    assert (status is not None) == leaves
+    assert guest.cpu.injected == 0x8000_0B0E
+
+
+def test_an_exception_bitmap_means_nothing_in_a_production_td(guest: Guest) -> None:
+    guest.tdvps.vmcs[EXCEPTION_BITMAP] |= 1 << 6
+    assert guest.exit(ExitReason.VMXON) is None
+
+
+# Exit reasons with more than a number
+
+
+def test_a_preempted_bus_lock_is_told_with_the_exit_that_overtook_it(guest: Guest) -> None:
+    status = guest.exit(ExitReason.EXTERNAL_INTERRUPT | BUS_LOCK_PREEMPTED)  # type: ignore[arg-type]
+    assert status == Rax(Status.SUCCESS, ExitReason.EXTERNAL_INTERRUPT | BUS_LOCK_PREEMPTED)
+    guest.enter()
+    assert guest.exit(ExitReason.EXTERNAL_INTERRUPT) == Rax(Status.SUCCESS, ExitReason.EXTERNAL_INTERRUPT)
+
+
+@pytest.mark.parametrize(("reason", "event"), [(ExitReason.CPUID, 0), (ExitReason.HLT, VE)])
+def test_a_preempted_bus_lock_leaves_the_guest_where_its_exit_would_not(
+    guest: Guest, reason: ExitReason, event: int
+) -> None:
+    status = guest.exit(reason | BUS_LOCK_PREEMPTED)  # type: ignore[arg-type]
+    assert status == Rax(Status.SUCCESS, ExitReason.BUS_LOCK | BUS_LOCK_PREEMPTED)
+    assert guest.cpu.injected == event
+    assert guest.cpu.rip == 0xFFFF_FFF0 + (0 if event else 2)
+
+
+def test_a_preempted_bus_lock_is_told_with_a_tdvmcall(guest: Guest) -> None:
+    guest.cpu.gprs[RAX], guest.cpu.gprs[RCX] = TdcallLeaf.TDG_VP_VMCALL, 0
+    status = guest.exit(ExitReason.TDCALL | BUS_LOCK_PREEMPTED)  # type: ignore[arg-type]
+    assert status == Rax(Status.SUCCESS, ExitReason.TDCALL | BUS_LOCK_PREEMPTED)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason", "status"),
+    [
+        (0, ExitReason.FAILED_ENTRY_GUEST_STATE, Status.NON_RECOVERABLE_TD),
+        (ATTR_DEBUG, ExitReason.FAILED_ENTRY_GUEST_STATE, Status.SUCCESS),
+        (ATTR_DEBUG, ExitReason.FAILED_ENTRY_MACHINE_CHECK, NON_RECOVERABLE_TD_NON_ACCESSIBLE),
+    ],
+)
+def test_a_guest_that_cannot_be_entered_is_lost_unless_debugged(
+    host: SeamcallHost, attributes: int, reason: ExitReason, status: Status
+) -> None:
+    guest = Guest(host, TdParams(attributes=attributes))
+    raw = reason | ENTRY_FAILED
+    assert guest.exit(raw, qualification=3) == Rax(status, raw)  # type: ignore[arg-type]
+    assert guest.regs[RCX] == 3
+    assert guest.tdr.fatal == (status is not Status.SUCCESS)
+
+
+def test_an_smi_in_a_sleeping_guest_is_like_an_interrupt(guest: Guest) -> None:
+    assert guest.exit(ExitReason.C_STATE_SMI) == Rax(Status.SUCCESS, ExitReason.C_STATE_SMI)
+    assert not guest.tdr.fatal
 
 
 # EPT violations
@@ -212,13 +279,6 @@ def test_clts_and_lmsw_change_only_their_bits(guest: Guest) -> None:
     assert guest.cpu.state.cr0 == CR0_PE | CR0_NE | 0xE, "LMSW cannot clear PE"
     assert guest.exit(ExitReason.CR_ACCESS, qualification=2 << 4) is None
     assert guest.cpu.state.cr0 == CR0_PE | CR0_NE | 0x6
-
-
-@pytest.mark.parametrize(("value", "event"), [(0xF, 0), (0x10, GP)])
-def test_cr8_holds_four_bits(guest: Guest, value: int, event: int) -> None:
-    mov_to_cr(guest, 8, value)
-    assert guest.cpu.injected == event
-    assert guest.cpu.state.cr8 == (0 if event else value)
 
 
 @pytest.mark.parametrize(

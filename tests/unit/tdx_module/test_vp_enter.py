@@ -12,6 +12,7 @@ from sim_backend.hw.platform import load_platform
 from sim_backend.seamcall_host import SeamcallHost, TdParams
 from sim_backend.tdx_module.module import TdxModule
 from sim_backend.tdx_module.profile import load_profile
+from sim_backend.tdx_module.td_vmcs import INTERRUPTIBILITY
 from sim_backend.tdx_module.tdvps import VcpuState
 from tests.unit.tdx_module.guest_side import FREE_GPA, GPA, TDCALL_BYTES, VE, Guest
 from uapi_ctypes.tdx_leaves import SeamcallLeaf, TdcallLeaf
@@ -233,3 +234,19 @@ def test_a_td_may_ask_to_be_told_about_zero_stepping(idle: Guest) -> None:
     unblock(idle)
     idle.enter()
     assert idle.cpu.injected == VE
+
+
+@pytest.mark.parametrize("how", ["NMI blocked", "NMI unblocked by the last exit", "last #VE unread"])
+def test_nobody_is_told_about_zero_stepping_at_a_bad_time(idle: Guest, how: str) -> None:
+    idle.tdcs.notify_enables = 1
+    block(idle)
+    fault_until_suspected(idle)
+    unblock(idle)
+    if how == "NMI blocked":
+        idle.tdvps.vmcs[INTERRUPTIBILITY] = 1 << 3
+    elif how == "last #VE unread":
+        idle.tdvps.ve_info.valid = 1
+    else:
+        idle.cpu.exit.qualification |= 1 << 12
+    idle.enter()
+    assert idle.cpu.injected == 0

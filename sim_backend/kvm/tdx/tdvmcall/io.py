@@ -41,6 +41,7 @@ def tdvmcall_io(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
         else:
             run.u16[PIO_PAGE_OFFSET // 2] = value & 0xFFFF
     else:
+        run.u8[PIO_PAGE_OFFSET : PIO_PAGE_OFFSET + size] = bytes(size)
         vcpu.complete_userspace_io = lambda: _complete_in(vcpu, size)
     run.u32[EXIT_REASON] = KVM_EXIT_IO
     run.u32[UNION_U32] = write | size << 8 | port << 16

@@ -28,6 +28,7 @@ class ScriptedSeam:
         self.calls: Final[list[Call]] = []
         self.hook: Callable[[int, Gprs], None] | None = None  # sees every call; `execute` is what it passes it to
         self.kick: Final = port.kick
+        self.interrupt: Final = port.interrupt
         self.invept: Final = port.invept
 
     def fail(self, leaf: SeamcallLeaf, *statuses: int | None) -> None:
