@@ -8,7 +8,7 @@ import pytest
 from tdxhw.guest.payload import Payload, PayloadError, load
 from tdxhw.host import Host
 from tdxhw.ordinary_vm import OrdinaryVm
-from tdxhw.session_state import BACKEND, capabilities_of
+from tdxhw.session_state import BACKEND, INTERRUPTION, capabilities_of
 from tdxhw.td import TdConfig, TrustDomain
 from tdxhw.vmm import Guest, Vmm
 from uapi_ctypes.device import Kvm
@@ -18,9 +18,15 @@ from uapi_ctypes.kernel import Kernel
 
 @pytest.fixture
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
-    """Yield the machine the test runs on. A simulated one must be as clean afterwards as it was before."""
+    """Yield the machine the test runs on. A simulated one must be as clean afterwards as it was before.
+
+    A test that Ctrl-C cut off could not tidy up.
+    """
     machine: Host = request.param
     yield machine
+    interruption = request.config.stash.get(INTERRUPTION, None)
+    if interruption is not None and interruption.requested:
+        return
     if left := machine.leftovers():
         machine.start_anew()
         pytest.fail("left over on the simulated host: " + ", ".join(left), pytrace=False)

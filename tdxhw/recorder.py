@@ -1,6 +1,7 @@
 """Collect a run's results from pytest's hooks, and show them as they come."""
 
 import time
+from collections.abc import Generator
 from typing import Protocol
 
 import pytest
@@ -51,6 +52,14 @@ class Recorder:
         if report.failed:
             last = report.longreprtext.strip().splitlines()
             self.problem = f"{report.nodeid}: {last[-1].removeprefix('E').strip() if last else 'cannot be collected'}"
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection(self) -> Generator[None, object, object]:
+        """Say in our one line what pytest cannot make sense of: a ``-k`` expression, a file that is no suite."""
+        try:
+            return (yield)
+        except pytest.UsageError as error:
+            pytest.exit(headline_of_usage(error), returncode=2)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Learn how many tests will run."""
@@ -120,6 +129,11 @@ def headline(error: BaseException) -> str:
     if isinstance(error, KvmError | GuestError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def headline_of_usage(error: pytest.UsageError) -> str:
+    """Return pytest's complaint in one line."""
+    return str(error).partition("\n")[0].replace("Wrong expression passed to '-k'", "-k") or "pytest cannot use that"
 
 
 def skip_reason(report: pytest.TestReport) -> str:

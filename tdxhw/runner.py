@@ -1,11 +1,9 @@
 """Run suites: pytest in this process, with our own display and exit codes."""
 
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import pytest
@@ -13,13 +11,16 @@ import pytest
 from tdxhw.backends.select import select
 from tdxhw.errors import HarnessError, UnknownName
 from tdxhw.host import Backend
+from tdxhw.interruption import Interruption
 from tdxhw.lab.done import LeaveOutDone
 from tdxhw.recorder import Display, Recorder
 from tdxhw.report_log import ReportLog
 from tdxhw.results import RunRecord
-from tdxhw.session_state import BACKEND, DEFAULT_TIME_LIMIT_S, EXPLICIT_SUITES
+from tdxhw.session_state import BACKEND, DEFAULT_TIME_LIMIT_S, EXPLICIT_SUITES, INTERRUPTION
 
 SUITES: Final = Path(__file__).with_name("suites")
+
+_EMPTY_JUNIT: Final = '<?xml version="1.0" encoding="utf-8"?>\n<testsuites name="tdxhw" />\n'
 
 EXIT_OK: Final = 0
 EXIT_TESTS_FAILED: Final = 1
@@ -65,20 +66,24 @@ def _own_suite(name: str, known: dict[str, Path]) -> Path:
         raise UnknownName("suite", name, known)
     if not path.exists():
         raise HarnessError(f"no file {name}; give the name of a suite (tdxhw run --list) or a path to your own")
+    if path.is_file() and path.suffix != ".py":
+        raise HarnessError(f"{name} is no suite; give a Python file with tests, or a directory of them")
     return path
 
 
 class _Prepared:
     """Hands pytest what the runner has opened already, before any other plugin is configured."""
 
-    def __init__(self, backend: Backend, *, explicit: bool) -> None:
+    def __init__(self, backend: Backend, interruption: Interruption, *, explicit: bool) -> None:
         self._backend = backend
+        self._interruption = interruption
         self._explicit = explicit
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         """Put the hosts where the plugin looks for them."""
         config.stash[BACKEND] = self._backend
+        config.stash[INTERRUPTION] = self._interruption
         config.stash[EXPLICIT_SUITES] = self._explicit
 
 
@@ -91,11 +96,15 @@ def run(options: RunOptions, display: Display) -> RunRecord:
     for path in (options.junit, options.report_log):
         if path is not None:
             _check_writable(path)
-    backend = select(options.on, options.profiles, options.promises)
-    try:
-        return run_on(backend, files, options, display)
-    finally:
-        backend.close()
+    with Interruption():
+        try:
+            backend = select(options.on, options.profiles, options.promises)
+        except KeyboardInterrupt:
+            return _interrupted(RunRecord(options.on, "interrupted before a host was up", {}), options)
+        try:
+            return run_on(backend, files, options, display)
+        finally:
+            backend.close()
 
 
 def run_on(
@@ -106,25 +115,39 @@ def run_on(
     Raise `HarnessError` when the session itself fails.
     """
     record = RunRecord(backend.name, backend.reason, {host.id: host.provenance() for host in backend.hosts})
-    recorder = Recorder(record, display)
-    plugins: list[object] = [_Prepared(backend, explicit=bool(options.suites)), recorder, *watchers]
+    recorder, interruption = Recorder(record, display), Interruption()
+    prepared = _Prepared(backend, interruption, explicit=bool(options.suites))
+    plugins: list[object] = [prepared, interruption, recorder, *watchers]
     if options.done is not None:
         plugins.append(LeaveOutDone(options.done))
     if options.report_log is not None:
         plugins.append(ReportLog(options.report_log, record))
-    before = signal.signal(signal.SIGTERM, _terminated)
     try:
-        status = pytest.main(_pytest_arguments(options, files), plugins)
+        with interruption:
+            status = int(pytest.main(_pytest_arguments(options, files), plugins))
+    except (KeyboardInterrupt, Exception):
+        # Ctrl-C outside pytest's session, or what a test that it cut off left open.
+        if not interruption.requested:
+            raise
+        status = int(pytest.ExitCode.INTERRUPTED)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        record.interrupted = record.interrupted or interruption.requested
         display.finished(record)
-    record.exit_code = _exit_code(int(status), record, recorder)
+    if record.interrupted:
+        return _interrupted(record, options)
+    record.exit_code = _exit_code(status, recorder)
     return record
 
 
-def _terminated(_signum: int, _frame: FrameType | None) -> None:
-    """Treat SIGTERM, which CI systems send to cancel, like Ctrl-C: partial results are written."""
-    raise KeyboardInterrupt
+def _interrupted(record: RunRecord, options: RunOptions) -> RunRecord:
+    """Mark `record`. Without any result the files are written here: readable, and not those of an earlier run."""
+    record.interrupted, record.exit_code = True, EXIT_INTERRUPTED
+    if not record.results:
+        if options.junit is not None:
+            options.junit.write_text(_EMPTY_JUNIT, encoding="utf-8")
+        if options.report_log is not None:
+            options.report_log.write_text("", encoding="utf-8")
+    return record
 
 
 def _check_writable(path: Path) -> None:
@@ -154,10 +177,8 @@ def _root(files: Sequence[Path]) -> str:
     return os.path.commonpath([path if path.is_dir() else path.parent for path in (p.resolve() for p in files)])
 
 
-def _exit_code(status: int, record: RunRecord, recorder: Recorder) -> int:
+def _exit_code(status: int, recorder: Recorder) -> int:
     """Map pytest's exit status to ours. Raise `HarnessError` when the session itself failed."""
-    if record.interrupted:
-        return EXIT_INTERRUPTED
     if recorder.problem:
         raise HarnessError(recorder.problem)
     if status == pytest.ExitCode.OK:

@@ -6,6 +6,7 @@ import pytest
 
 from tdxhw.capabilities import Capabilities
 from tdxhw.host import Backend, Host
+from tdxhw.interruption import Interruption
 
 BACKEND: Final = pytest.StashKey[Backend]()
 """The machines of the run."""
@@ -13,6 +14,8 @@ PROBES: Final = pytest.StashKey[dict[str, Capabilities]]()
 """What each host offers, by its id."""
 EXPLICIT_SUITES: Final = pytest.StashKey[bool]()
 """Whether the user named the suites: one that cannot run at all is then an error, not a row of skips."""
+INTERRUPTION: Final = pytest.StashKey[Interruption]()
+"""Whether the run is being cut short; only under `tdxhw run`."""
 DEFAULT_TIME_LIMIT_S: Final = 120.0
 """For one test [s]."""
 

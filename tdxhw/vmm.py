@@ -1,6 +1,7 @@
 """Serve the exits of a guest: port I/O, MMIO, conversions, TDVMCALLs, all under a time limit."""
 
 import errno
+import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Final, Protocol, TypeVar
 from tdxhw.errors import GuestFatalError, GuestTimeout, UnexpectedExit
 from tdxhw.exits import Exit, FatalError, MapGpa, MemoryFault, Mmio, MsrAccess, Tdvmcall, decode
 from tdxhw.replies import reply_map_gpa, reply_mmio, reply_msr, reply_port, reply_tdvmcall
-from tdxhw.time_limit import TimeLimit, install_kick_handler
+from tdxhw.time_limit import KICK_SIGNAL, TimeLimit, install_kick_handler
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kvm_run import KVM_EXIT_IO_OUT, KvmExit
 from uapi_ctypes.tdx_status import TdvmcallStatus
@@ -64,6 +65,7 @@ class Vmm:
         self.convert_on_fault = False
         """Serve KVM_EXIT_MEMORY_FAULT by converting the memory to what the guest took it for."""
         self.limit_s = DEFAULT_LIMIT_S
+        self._given_up = False
 
     def on_port(
         self, port: int, *, read: Callable[[int], int] | None = None, write: Callable[[int, int], None] | None = None
@@ -121,6 +123,20 @@ class Vmm:
             raise GuestFatalError(f"the guest reported {exit_} where {wanted.__name__} was expected")
         raise UnexpectedExit(f"{exit_} where {wanted.__name__} was expected{self._registers(vcpu)}")
 
+    def give_up(self, vcpus: Sequence[Vcpu], threads: Sequence[threading.Thread]) -> None:
+        """Kick `vcpus` out of KVM_RUN until all `threads`, in which they run, have ended."""
+        self._given_up = True
+        while running := [thread for thread in threads if thread.is_alive()]:
+            for vcpu in vcpus:
+                vcpu.kvm_run.immediate_exit = 1
+            for thread in running:
+                if thread.ident is not None and thread.is_alive():
+                    signal.pthread_kill(thread.ident, KICK_SIGNAL)
+            running[0].join(0.05)
+        self._given_up = False
+        for vcpu in vcpus:
+            vcpu.kvm_run.immediate_exit = 0
+
     def _enter(self, vcpu: Vcpu, limit: TimeLimit) -> None:
         """Enter the guest once; signals other than the kick are waited out."""
         run = vcpu.kvm_run
@@ -129,6 +145,8 @@ class Vmm:
                 vcpu.run()
             except KvmError as error:
                 if error.errno == errno.EINTR:
+                    if self._given_up:
+                        raise GuestTimeout("given up: the test has ended") from None
                     if limit.expired:
                         text = f"the guest was still running after {limit.limit_s:g} s{self._registers(vcpu)}"
                         raise GuestTimeout(text) from None
@@ -217,12 +235,8 @@ def run_together(vmm: Vmm, vcpus: Sequence[Vcpu], *, limit_s: float | None = Non
     try:
         for thread in threads:
             thread.join()
-    except BaseException:
-        # Ctrl-C in the main thread: each vCPU thread finds immediate_exit set and ends by its own time limit.
-        for vcpu in vcpus:
-            vcpu.kvm_run.immediate_exit = 1
-        for thread in threads:
-            thread.join(vmm.limit_s)
+    except BaseException:  # Ctrl-C, or the test's time limit
+        vmm.give_up(vcpus, threads)
         raise
     if failures:
         raise failures[0]

@@ -54,7 +54,8 @@ def diff(
         else:
             click.echo(f"{calls} calls of {len(made.tests)} tests recorded in {record_to}")
         return 0
-    result = compare(*record_both(*sides, wish))
+    first, second = sides
+    result = compare(*record_both(first, second, wish))
     if as_json:
         click.echo(json.dumps(report.document(result), indent=1))
     else:

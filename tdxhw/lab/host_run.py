@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tdxhw.errors import HarnessError
+from tdxhw.lab import own_suites
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import TIME_LIMIT, Session
 from tdxhw.lab.deploy import Deployed, deploy
@@ -148,7 +149,7 @@ class HostRun:
             done = f"{folder}/done"
             session.upload("".join(f"{one}\n" for one in (*self.wish.left_out, *self._done)).encode(), done)
             argv += ["--done", done]
-        return [*argv, *self.wish.suites]
+        return [*argv, *own_suites.send(session, self.wish.suites, f"{folder}/suites")]
 
     def _follow(self, session: Session, argv: Sequence[str], log: str, seen: "_Bytes", deadline: float) -> None:
         console: list[str] = []

@@ -49,7 +49,8 @@ class LabgridPlace:
         holder = self.holder()
         if not self._owner or holder != self._owner:
             self._owner = ""
-            raise LeaseHeld(f"{self._host.name}: its labgrid place {self._place} was taken away by {holder or 'nobody'}")
+            by = holder or "nobody"
+            raise LeaseHeld(f"{self._host.name}: its labgrid place {self._place} was taken away by {by}")
 
     def release(self) -> None:
         """Release the place if we have it; somebody else's stays."""

@@ -12,6 +12,7 @@ from tdxhw.vmm import Guest, Vmm
 from uapi_ctypes.caps import KvmCap
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.guest_memfd import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from uapi_ctypes.ioctl import KvmRequest
 from uapi_ctypes.kvm import KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KvmMemFlag
 from uapi_ctypes.mapping import Mapping, anonymous
 from uapi_ctypes.units import PAGE_SIZE
@@ -65,8 +66,6 @@ def test_refuses_memory_of_the_kernel(ordinary_vm: MAKE_VM) -> None:
 @pytest.mark.parametrize("pointer", [0, 1, KERNEL_ADDRESS], ids=["null", "bad", "kernel"])
 @pytest.mark.parametrize("request_name", ["KVM_SET_USER_MEMORY_REGION", "KVM_GET_DIRTY_LOG", "KVM_ENABLE_CAP"])
 def test_a_bad_pointer_is_efault(ordinary_vm: MAKE_VM, request_name: str, pointer: int) -> None:
-    from uapi_ctypes.ioctl import KvmRequest
-
     with pytest.raises(KvmError) as error:
         ordinary_vm().vm.ioctl(KvmRequest[request_name], pointer)
     assert error.value.errno == errno.EFAULT

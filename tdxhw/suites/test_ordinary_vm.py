@@ -170,3 +170,145 @@ def test_a_tdx_sub_command_on_an_ordinary_vm_is_enotty(ordinary_vm: MAKE_VM) -> 
     with pytest.raises(KvmError) as error:
         ordinary_vm().vm.tdx_capabilities(8)
     assert error.value.errno == errno.ENOTTY
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_string_of_port_writes_delivers_every_item(
+    ordinary_vm: MAKE_VM, vmm: MAKE_VMM, size: int, count: int
+) -> None:
+    outs = {1: b"\xf3\x6e", 2: b"\xf3\x6f", 4: b"\x66\xf3\x6f"}[size]
+    # mov si, 0x2000; mov cx, count; mov dx, 0x10; cld; rep outs
+    code = b"\xbe\x00\x20\xb9" + count.to_bytes(2, "little") + b"\xba\x10\x00\xfc" + outs + HLT
+    vm = started(ordinary_vm, code)
+    data = bytes(range(1, size * count + 1))
+    vm.memory.write(0x2000, data)
+    serve, written = vmm(vm), []
+    serve.on_port(0x10, write=lambda value, width: written.append(value.to_bytes(width, "little")))
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert b"".join(written) == data
+    assert vm.vcpus[0].get_regs().rsi == 0x2000 + len(data)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_string_of_port_reads_lands_in_memory(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, size: int) -> None:
+    ins = {1: b"\xf3\x6c", 2: b"\xf3\x6d", 4: b"\x66\xf3\x6d"}[size]
+    # mov di, 0x2000; mov cx, 4; mov dx, 0x11; cld; rep ins
+    vm = started(ordinary_vm, b"\xbf\x00\x20\xb9\x04\x00\xba\x11\x00\xfc" + ins + HLT)
+    serve = vmm(vm)
+    serve.on_port(0x11, read=lambda width: int.from_bytes(b"\xa1\xb2\xc3\xd4"[:width], "little"))
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert vm.memory.read(0x2000, 4 * size) == b"\xa1\xb2\xc3\xd4"[:size] * 4
+
+
+@pytest.mark.parametrize("port", [0x0, 0x60, 0x80, 0x3F8, 0xCF8, 0xFFFF])
+def test_every_port_reaches_user_space(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, port: int) -> None:
+    # mov dx, port; mov al, 0x21; out dx, al; in al, dx; hlt
+    vm = started(ordinary_vm, b"\xba" + port.to_bytes(2, "little") + b"\xb0\x21\xee\xec" + HLT)
+    serve, written = vmm(vm), []
+    serve.on_port(port, read=lambda _size: 0x5C, write=lambda value, _size: written.append(value))
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert written == [0x21]
+    assert vm.vcpus[0].get_regs().rax & 0xFF == 0x5C
+
+
+MMIO_WRITES = {
+    "byte": ("c6 06 10 00 5a", b"\x5a"),
+    "word": ("c7 06 10 00 5a a5", b"\x5a\xa5"),
+    "dword": ("66 c7 06 10 00 01 02 03 04", b"\x01\x02\x03\x04"),
+    "register": ("b8 cd ab a3 10 00", b"\xcd\xab"),
+    "unaligned": ("b8 cd ab a3 11 00", b"\xcd\xab"),
+    "movs": ("bf 10 00 be 12 00 1e 07 31 c0 ab", b"\x00\x00"),
+}
+
+
+@pytest.mark.parametrize("name", MMIO_WRITES)
+def test_mmio_writes_of_every_width_come_back(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, name: str) -> None:
+    code, data = MMIO_WRITES[name]
+    vm = started(ordinary_vm, b"\xb8\x00\x20\x8e\xd8" + bytes.fromhex(code) + HLT)  # mov ax, 0x2000; mov ds, ax
+    serve, written = vmm(vm), []
+    serve.on_mmio(write=lambda gpa, value, size: written.append((gpa, value.to_bytes(size, "little"))))
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert written == [(0x20011 if name == "unaligned" else 0x20010, data)]
+
+
+MMIO_READS = {
+    "byte": ("a0 10 00", 1),
+    "word": ("a1 10 00", 2),
+    "dword": ("66 a1 10 00", 4),
+    "zero-extended": ("66 0f b6 06 10 00", 1),
+    "sign-extended": ("66 0f be 06 10 00", 1),
+    "added": ("66 31 c0 03 06 10 00", 2),
+}
+
+
+@pytest.mark.parametrize("name", MMIO_READS)
+@pytest.mark.parametrize("value", [0x0, 0x11223344, 0x8899AABB], ids=hex)
+def test_mmio_reads_of_every_width_are_answered(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, name: str, value: int) -> None:
+    code, width = MMIO_READS[name]
+    # mov ax, 0x2000; mov ds, ax; xor eax, eax; the read; cmp ax, ax
+    vm = started(ordinary_vm, b"\xb8\x00\x20\x8e\xd8\x66\x31\xc0" + bytes.fromhex(code) + b"\x39\xc0" + HLT)
+    serve, asked = vmm(vm), []
+
+    def answer(gpa: int, size: int) -> int:
+        asked.append((gpa, size))
+        return value & (1 << 8 * size) - 1
+
+    serve.on_mmio(read=answer)
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert asked == [(0x20010, width)]
+    got = value & (1 << 8 * width) - 1
+    if name == "sign-extended" and got & 0x80:
+        got |= 0xFFFF_FF00
+    assert vm.vcpus[0].get_regs().rax == got
+
+
+def test_mmio_may_be_read_changed_and_written(ordinary_vm: MAKE_VM, vmm: MAKE_VMM) -> None:
+    # mov ax, 0x2000; mov ds, ax; inc byte [0x10]; or word [0x20], 0x0f0f
+    vm = started(ordinary_vm, b"\xb8\x00\x20\x8e\xd8" + bytes.fromhex("fe 06 10 00 81 0e 20 00 0f 0f") + HLT)
+    serve, device = vmm(vm), {0x20010: 0x41, 0x20020: 0x1010}
+    serve.on_mmio(read=lambda gpa, _size: device[gpa], write=lambda gpa, value, _size: device.__setitem__(gpa, value))
+
+    assert serve.run(vm.vcpus[0]) == HALT
+    assert device == {0x20010: 0x42, 0x20020: 0x1F1F}
+
+
+@pytest.mark.parametrize("times", [1, 4, 16])
+def test_a_guest_can_be_halted_and_run_on_many_times(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, times: int) -> None:
+    vm = started(ordinary_vm, HLT * times)
+
+    for count in range(1, times + 1):
+        assert vmm(vm).run(vm.vcpus[0]) == HALT
+        assert vm.vcpus[0].get_regs().rip == 0x1000 + count
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 4])
+def test_vcpus_of_one_vm_share_its_memory(ordinary_vm: MAKE_VM, vmm: MAKE_VMM, vcpus: int) -> None:
+    vm = ordinary_vm()
+    vm.add_slot(0, 0x10000)
+    for vcpu_id in range(vcpus):
+        vm.start_real_mode(vm.create_vcpu(vcpu_id), b"\xfe\x06\x00\x20" + HLT)  # inc byte [0x2000]
+
+    for vcpu in vm.vcpus:
+        assert vmm(vm).run(vcpu) == HALT
+    assert vm.memory.read(0x2000, 1) == bytes([vcpus])
+
+
+def test_a_vm_lives_until_its_last_vcpu_is_closed(ordinary_vm: MAKE_VM, vmm: MAKE_VMM) -> None:
+    vm = started(ordinary_vm, HLT)
+    vm.vm.close_fd()
+
+    assert vmm(vm).run(vm.vcpus[0]) == HALT
+
+
+def test_two_vms_have_nothing_in_common(ordinary_vm: MAKE_VM, vmm: MAKE_VMM) -> None:
+    one, other = (started(ordinary_vm, b"\xc6\x06\x00\x20" + value + HLT) for value in (b"\x11", b"\x22"))
+
+    for vm in (one, other):
+        assert vmm(vm).run(vm.vcpus[0]) == HALT
+    assert (one.memory.read(0x2000, 1), other.memory.read(0x2000, 1)) == (b"\x11", b"\x22")

@@ -30,7 +30,13 @@ def test_the_doctor_needs_nothing_but_the_core() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("lab", "list"), ("run", "--on", "lab:spr-01"), ("doctor", "--on", "lab:spr-01"), ("lab", "trust", "a")],
+    [
+        ("lab", "list"),
+        ("lab", "status"),
+        ("run", "--on", "lab:spr-01"),
+        ("doctor", "--on", "lab:spr-01"),
+        ("lab", "trust", "a"),
+    ],
 )
 def test_lab_commands_say_what_to_install(arguments: tuple[str, ...]) -> None:
     done = tdxhw(*arguments)

@@ -1,5 +1,6 @@
 """Which machines a run happens on, and what is said when they cannot be had."""
 
+import re
 import subprocess
 import sys
 
@@ -46,4 +47,25 @@ def test_without_the_simulator_s_packages_the_error_says_what_to_install(missing
 
     assert done.returncode == 2
     assert done.stderr == f"tdxhw: the simulator needs {missing}: pip install 'tdxhw[sim]'\n"
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("breakage", "said"),
+    [
+        ("unicorn_internals.UNICORN_VERSION = '2.0.0'", "the CPU engine needs Unicorn 2.0.0, but .*: pip install .*"),
+        ("unicorn_internals.CPU_ENV += 8", "Unicorn's CPU state is not .*; pip install --force-reinstall unicorn==.*"),
+        ("unicorn_exits.HANDLERS.clear()", "Unicorn self-test, .*; pip install --force-reinstall unicorn==.*"),
+    ],
+)
+def test_a_cpu_engine_that_fails_its_self_test_ends_the_run_before_the_first_test(breakage: str, said: str) -> None:
+    script = (
+        f"from sim_backend.cpu import unicorn_internals, unicorn_exits; {breakage}\n"
+        "import sys; from tdxhw.cli import main; sys.exit(main(['run', '--on', 'sim', 'kvm_device']))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert re.fullmatch(rf"tdxhw: the simulated host 'mainline' cannot start: {said}\n", done.stderr)
     assert not done.stdout

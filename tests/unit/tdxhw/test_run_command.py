@@ -15,6 +15,7 @@ import pytest
 from tests.unit.tdxhw.conftest import command
 
 Process = Callable[..., "subprocess.CompletedProcess[str]"]
+Tdxhw = Callable[..., tuple[int, str, str]]
 needs_dev_kvm = pytest.mark.skipif(
     not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="this machine has no /dev/kvm that may be opened"
 )
@@ -143,6 +144,40 @@ def test_interrupted_is_130_with_results_so_far_and_no_process_left(
     assert f"test_quick[{host}]" in [case.get("name") for case in ET.parse(junit).iter("testcase")]
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "cancelled by CI"])
+def test_interrupted_while_hosts_start_is_130_and_the_files_are_empty_but_readable(
+    tdxhw: Tdxhw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    junit, log = tmp_path / "j.xml", tmp_path / "log.jsonl"
+    junit.write_text("results of an earlier run")
+    log.write_text("results of an earlier run")
+    monkeypatch.setattr("tdxhw.runner.select", lambda *_: signal.raise_signal(number))
+
+    code, out, _ = tdxhw("run", "--json", "--junit", str(junit), "--report-log", str(log), "kvm_device")
+
+    document = json.loads(out)
+    assert code == document["exit_code"] == 130
+    assert document["interrupted"]
+    assert list(ET.parse(junit).iter("testcase")) == []
+    assert log.read_text() == ""
+
+
+@needs_dev_kvm
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["-k", "((", "kvm_device"], "-k: ((: at column 3", id="a keyword that is no expression"),
+        pytest.param(["/proc/cpuinfo"], "/proc/cpuinfo is no suite; give a Python file", id="a file that is no suite"),
+    ],
+)
+def test_what_pytest_cannot_use_is_one_line_and_2(tdxhw_process: Process, arguments: list[str], said: str) -> None:
+    done = tdxhw_process("run", "--on", "local", *arguments)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tdxhw: {said}")
+    assert done.stderr.count("\n") == 1
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 30) -> None:
