@@ -32,7 +32,8 @@ test: $(STAMP) lint ## The whole gate: lint, then every test
 
 test-lab: $(STAMP) ## The lab: real sshds, Ansible, a browser, an emulated VM (root; minutes)
 	sh tools/lab_packages.sh
-	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab --durations=10 tests/lab
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt labgrid
+	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab -o faulthandler_timeout=0 --durations=10 tests/lab
 
 bench: $(STAMP) ## Measure the hot paths, each as a ratio within one run
 	$(BIN)/python -m bench $(BENCH)

@@ -76,7 +76,7 @@ def measured_page_build() -> Iterator[Figure]:
                 host.add_tables(td, first_gpa + index * (2 << 20))
             targets = [host.page() for _ in range(pages)]
             for target in targets:
-                memory.zero_page(target)  # used before, as on a host that is up: the first touch is the real kernel's cost
+                memory.zero_page(target)  # used before: the first touch is the real kernel's cost
             regs = new_gprs()
             start = time.perf_counter()
             for index, target in enumerate(targets):

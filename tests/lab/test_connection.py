@@ -1,5 +1,6 @@
 """Connections to real sshds: host keys, time limits, and telling a lost connection from a failed command."""
 
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -54,6 +55,24 @@ def test_a_changed_host_key_is_refused_with_both_fingerprints(
 
     with pytest.raises(HostKeyRefused, match=r"SHA256:\S+, known is ED25519 SHA256:\S+: another machine"):
         Session.open(hosts[0], labs, ssh_config=ssh_config)
+
+
+def test_an_agent_s_key_lets_us_in(
+    hosts: list[Host], labs: Path, machines: list[NamespaceHost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "no_key"
+    config.write_text("Host *\n  User root\n")
+    agent = tmp_path / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(agent)], stdout=subprocess.DEVNULL)
+    try:
+        wait_until(agent.exists)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        subprocess.run(["ssh-add", "-q", str(machines[0].client_key)], check=True)
+        with Session.open(hosts[0], labs, ssh_config=config) as session:
+            assert session.check("hostname") == "host-0\n"
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
 
 
 def test_no_key_of_ours_is_accepted(hosts: list[Host], labs: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tdxhw.cli import main
 from tdxhw.lab.connection import Session
 from tdxhw.lab.errors import HostKeyRefused
 from tdxhw.lab.hosts import Host
+from tdxhw.lab.lease import Lease
 from tests.lab.namespace_hosts import NamespaceHost
 
 Output = pytest.CaptureFixture[str]
@@ -98,3 +99,21 @@ def test_the_doctor_holds_a_host_to_its_lab_file(labs: Path, machines: list[Name
     assert main(["doctor", "--on", "lab:host-0", "--json"]) == 1
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert "the lab file expects 1.0-*" in checks["booted-kernel"]["detail"]
+
+
+def test_status_says_who_is_free_who_is_taken_and_who_does_not_answer(
+    labs: Path, hosts: list[Host], ssh_config: Path, capsys: Output
+) -> None:
+    assert main(["lab", "status"]) == 0
+    assert capsys.readouterr().out.count("free") == 3
+
+    (labs / "gone.yaml").write_text("host: {name: gone, ssh: 'ssh://root@127.0.0.1:1'}\n")
+    with Session.open(hosts[1], labs, ssh_config=ssh_config) as session, Lease(session, "somebody's work"):
+        assert main(["lab", "status", "--json"]) == 1
+    answers = {answer["host"]: answer for answer in json.loads(capsys.readouterr().out)}
+    assert [name for name, answer in answers.items() if answer["free"]] == ["host-0", "host-2"]
+    assert 'for "somebody\'s work"' in answers["host-1"]["holder"]
+    assert "Connection refused" in answers["gone"]["problem"]
+
+    assert main(["lab", "status", "host-0,host-2"]) == 0, "only those that were asked for"
+    assert main(["lab", "status", "host-9"]) == 2

@@ -117,6 +117,23 @@ def test_json_is_one_document_that_compare_reads(tmp_path: Path, capsys: pytest.
     assert len(read(path).results) == sum(json.loads(path.read_text())["summary"].values()) > 5
 
 
+def test_a_suite_of_ones_own_is_sent_with_its_conftest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The hosts of this test see this machine's files; that nothing else is used is what the paths show.
+    (tmp_path / "conftest.py").write_text("import pytest\n\n@pytest.fixture\ndef four():\n    return 4\n")
+    mine = tmp_path / "test_mine.py"
+    mine.write_text("def test_it_is_elsewhere(four):\n    assert four == 4\n    assert '/root/.cache/' in __file__\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "test_mine.py").write_text("def test_of_the_same_name():\n    assert '/root/.cache/' in __file__\n")
+
+    assert main(["run", "--on", "lab:host-0", str(mine), str(folder), "kvm_device", "--json"]) == 0
+    tests = {result["test"]: result["suite"] for result in json.loads(capsys.readouterr().out)["results"]}
+    assert tests["test_it_is_elsewhere"] == tests["test_of_the_same_name"] == "mine"
+    assert tests["test_api_version_is_12"] == "kvm_device"
+    assert main(["run", "--on", "lab:host-0", str(tmp_path / "gone.py"), "--json"]) == 2
+    assert "no file " in capsys.readouterr().err
+
+
 def test_equal_hosts_share_the_suites(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["run", "--on", "lab:label=netns", "--json"])
     results = json.loads(capsys.readouterr().out)["results"]
@@ -235,7 +252,7 @@ def test_a_test_during_which_the_host_reboots_has_failed_and_is_not_tried_again(
     assert results["test_slow[2]"].message == "the host rebooted during this test"
     assert results["test_slow[2]"].provenance["host"] == "host-1"
     with Session.open(hosts[1], labs, ssh_config=ssh_config) as session:
-        assert "2" not in session.check("cat /root/ran").split(), "it ran before the reboot only, on a disk that is gone"
+        assert "2" not in session.check("cat /root/ran").split(), "the disk is new: it was not tried again"
         assert holder_of(session) is None
 
 
