@@ -18,7 +18,7 @@ from sim_backend.kvm.guest_memfd import GUEST_MEMFD_FLAG_MMAP, GuestMemfd
 from sim_backend.kvm.host import KvmHost
 from sim_backend.kvm.system_ioctls import SystemIoctls
 from sim_backend.kvm.vcpu import Vcpu
-from uapi_ctypes.errors import KvmError
+from uapi_ctypes.errors import BackendLimit, KvmError
 from uapi_ctypes.ioctl import name_of
 from uapi_ctypes.kernel import IoctlArg
 from uapi_ctypes.linux import LinuxKernel
@@ -70,7 +70,7 @@ class SimKernel:
         return self.fds.install(OpenFile(fd, "kvm", SystemIoctls(self.host, self).table(), None, _nothing))
 
     def ioctl(self, fd: int, request: int, arg: IoctlArg = 0) -> int:
-        """Issue `request` and return its non-negative result; raise `KvmError`."""
+        """Issue `request` and return its non-negative result; raise `KvmError` or `BackendLimit`."""
         calls = self._calls.get(fd)
         if calls is None:
             raise KvmError(name_of(request), self._errno_of_foreign(fd))
@@ -83,6 +83,9 @@ class SimKernel:
             return handler(arg & _U64 if isinstance(arg, int) else _addressof(arg))
         except Errno as refusal:
             raise KvmError(name_of(request), refusal.errno, hw_error=refusal.hw_error) from None
+        except BackendLimit as limit:
+            limit.registers = self.debug_registers(fd)
+            raise
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """Allocate or punch `length` at `offset` [bytes], with the `mode` bits of the system call."""

@@ -9,7 +9,7 @@ import pytest
 from tdxhw.errors import GuestError
 from tdxhw.results import Result, RunRecord
 from tdxhw.session_state import suite_of
-from uapi_ctypes.errors import KvmError
+from uapi_ctypes.errors import BackendLimit, KvmError
 
 
 class Display(Protocol):
@@ -71,11 +71,15 @@ class Recorder:
         self._display.running(suite_of(nodeid), test_of(nodeid))
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> object:
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Remember the one line that says what failed: the exception knows it better than its traceback."""
         report = yield
         if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
             self._headlines[item.nodeid] = headline(call.excinfo.value)
+            if isinstance(call.excinfo.value, BackendLimit):
+                report.longrepr = story_of_limit(call.excinfo, item)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -128,7 +132,16 @@ def headline(error: BaseException) -> str:
     text = lines[0] if lines else ""
     if isinstance(error, KvmError | GuestError):
         return text
+    if isinstance(error, BackendLimit):
+        return f"the simulator cannot go on: {text}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def story_of_limit(error: pytest.ExceptionInfo[BaseException], item: pytest.Item) -> str:
+    """Say what the simulator lacks and which line of the test met it; the simulator's own frames help nobody."""
+    frames = [entry for entry in error.traceback if entry.path == item.path]
+    place = f"{item.path.name}:{frames[-1].lineno + 1}: {str(frames[-1].statement).strip()}\n" if frames else ""
+    return place + headline(error.value)
 
 
 def headline_of_usage(error: pytest.UsageError) -> str:

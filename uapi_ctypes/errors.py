@@ -3,11 +3,15 @@
 ::
 
     OSError
-    └─ KvmError    .errno .request .hw_error .remedy
+    └─ KvmError        .errno .request .hw_error .remedy
+    Exception
+    └─ BackendLimit    .registers: a simulated kernel met what it does not model
 """
 
 import errno
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from uapi_ctypes.tdx_status import describe
@@ -54,3 +58,19 @@ class KvmError(OSError):
 
 def _rebuild(request: str, err: int, hw_error: int, remedy: str) -> KvmError:
     return KvmError(request, err, hw_error=hw_error, remedy=remedy)
+
+
+class BackendLimit(Exception):  # noqa: N818 - nobody erred
+    """The kernel behind `Kernel` is a simulated one and cannot go on without inventing an answer. Never a real one's.
+
+    `registers` are the guest's, where the limit was met while it ran.
+    """
+
+    registers: Mapping[str, int] = MappingProxyType({})
+
+    def __str__(self) -> str:
+        """Return for example ``the CPU engine cannot execute ... at RIP 0x1000: bytes c5 f1; rip=0x1000 rax=0x0``."""
+        text = super().__str__()
+        if not self.registers:
+            return text
+        return f"{text}; " + " ".join(f"{name}={value:#x}" for name, value in self.registers.items())

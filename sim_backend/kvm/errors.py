@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from uapi_ctypes.errors import BackendLimit
+
 
 class Errno(Exception):  # noqa: N818 - the kernel's word: a negative return value
     """A negative return value on its way to the ioctl boundary, where it becomes `KvmError`.
@@ -29,7 +31,7 @@ def as_int(value: int) -> int:
     return value
 
 
-class SimLimit(Exception):  # noqa: N818 - a limit of the simulator, not an answer of the kernel
+class SimLimit(BackendLimit):
     """The simulator cannot go on without inventing an answer: which instruction, register or feature it met."""
 
 

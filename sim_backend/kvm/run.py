@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.errors import UnsupportedInstruction
-from sim_backend.hw.gprs import GPR_NAMES
 from sim_backend.kvm.errors import Errno, SimLimit
 from sim_backend.kvm.kvm_run_page import (
     APIC_BASE,
@@ -41,14 +40,6 @@ _POLL_S: Final = 0.005  # how long a halted vCPU sleeps before it looks for sign
 _RUNNABLE: Final = int(MpState.RUNNABLE)
 _UNINITIALIZED: Final = int(MpState.UNINITIALIZED)
 _HALTED: Final = int(MpState.HALTED)
-
-
-def _registers(vcpu: "Vcpu") -> str:
-    """Return the guest's registers as text, where KVM may see them."""
-    cpu = vcpu.cpu
-    if cpu is None:
-        return ""
-    return "; " + " ".join(f"{name}={value:#x}" for name, value in zip(GPR_NAMES, cpu.gprs, strict=True))
 
 
 def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
@@ -101,7 +92,7 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 vcpu_pre_run(vcpu)
                 loop(signals)
             except UnsupportedInstruction as limit:
-                raise SimLimit(f"{limit}{_registers(vcpu)}") from limit
+                raise SimLimit(str(limit)) from limit
             else:
                 return 0
             finally:

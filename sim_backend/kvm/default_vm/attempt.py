@@ -4,7 +4,6 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.engine import Cpu, CpuState
-from sim_backend.hw.gprs import GPR_NAMES
 from sim_backend.kvm.default_vm.instruction import Instruction, segment_of
 from sim_backend.kvm.errors import Errno, NotModelled
 from sim_backend.kvm.guest_paging import read_guest, translate, write_guest
@@ -82,11 +81,9 @@ class Attempt:
 
     def not_modelled(self) -> NotModelled:
         """Return the error for an instruction that KVM's emulator knows and this one does not."""
-        cpu = self._cpu
-        registers = " ".join(f"{name}={value:#x}" for name, value in zip(GPR_NAMES, cpu.gprs, strict=True))
         return NotModelled(
-            f"KVM's instruction emulator has an instruction that the model of it lacks, at RIP {cpu.rip:#x}: "
-            f"bytes {self.code.hex(' ')}; {registers}"
+            f"KVM's instruction emulator has an instruction that the model of it lacks, at RIP {self._cpu.rip:#x}: "
+            f"bytes {self.code.hex(' ')}"
         )
 
     def commit(self) -> None:

@@ -67,9 +67,11 @@ def _attempt(vcpu: "Vcpu", cpu: Cpu, answers: list[bytes]) -> bool:
 
 
 def emulation_failure(vcpu: "Vcpu", cpu: Cpu) -> bool:
-    """Report an instruction that cannot be emulated (prepare_emulation_failure_exit); #UD waits for the next entry."""
+    """Report an instruction that cannot be emulated (prepare_emulation_failure_exit); #UD waits for the next entry.
+
+    Not where kvm_pvm's interpreter could not even fetch it: there the next entry tries to fetch again.
+    """
     run = vcpu.run
-    vcpu.queue_exception(UD)
     code = b""
     state = cpu.get_state()
     physical = translate(vcpu, state.cs.base + cpu.rip & _U64)
@@ -79,6 +81,8 @@ def emulation_failure(vcpu: "Vcpu", cpu: Cpu) -> bool:
     run.u32[UNION_U32] = KVM_INTERNAL_ERROR_EMULATION
     run.u32[UNION_U32 + 1] = 1
     run.u64[UNION_U64 + 1] = 0
+    if code or not vcpu.vm.host.profile.behaves("interprets_guest_code"):
+        vcpu.queue_exception(UD)
     if code:
         run.u32[UNION_U32 + 1] = 4
         run.u64[UNION_U64 + 1] = 1  # KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
@@ -243,7 +247,7 @@ class Execution(Attempt):
             result, self.rflags = alu.alu(alu.SUB, 0, value, bits, self.rflags)
             self.write_rm(one, size, result)
         else:
-            memory_instructions.multiply_or_divide(self, one, size)
+            memory_instructions.multiply_or_divide(self, operation, value, size)
 
     def _group45(self, one: Instruction, size: int) -> None:
         operation = one.reg & 7

@@ -78,10 +78,9 @@ def _set_overflow(at: "Execution", overflow: bool) -> None:
     at.rflags = at.rflags & ~_CF_OF | (_CF_OF if overflow else 0)
 
 
-def multiply_or_divide(at: "Execution", one: Instruction, size: int) -> None:
+def multiply_or_divide(at: "Execution", operation: int, operand: int, size: int) -> None:
     """MUL, IMUL, DIV, IDIV of the accumulator (F6 and F7 /4 to /7)."""
-    operation, bits = one.reg & 7, 8 * size
-    operand = at.read_rm(one, size)
+    bits = 8 * size
     signed = operation in (5, 7)
     if signed:
         operand = _signed(operand, bits)
