@@ -51,10 +51,12 @@ class SimBug(RuntimeError):  # noqa: N818 - the house word for an invariant of o
 class Player:
     """One process's view of a kernel while a scenario runs."""
 
-    def __init__(self, kernel: Kernel, *, watchdog_s: float = WATCHDOG_S) -> None:
+    def __init__(self, kernel: Kernel, *, watchdog_s: float = WATCHDOG_S, slowness: float = 1.0) -> None:
+        """Play on `kernel`, whose guests take `slowness` times as long as those that were recorded."""
         self._kernel: Final = kernel
         self._files: Final = FileCalls(kernel)
         self._watchdog_s: Final = watchdog_s
+        self._signal_unit_s: Final = slowness / 1000
         self._fds: Final[dict[str, int]] = {}
         self._closed: Final[set[str]] = set()
         self._buffers: Final[dict[str, RawMapping]] = {}
@@ -318,7 +320,9 @@ class Player:
     @contextmanager
     def _interruption(self, memory: memoryview, argument: Mapping[str, Any]) -> Iterator[None]:
         """Interrupt the run after the recorded time, or by the watchdog."""
-        delay_s = number(argument["signal_after_ms"]) / 1000 if "signal_after_ms" in argument else self._watchdog_s
+        delay_s = self._watchdog_s
+        if "signal_after_ms" in argument:
+            delay_s = number(argument["signal_after_ms"]) * self._signal_unit_s
         if threading.current_thread() is threading.main_thread():
             previous = signal.signal(signal.SIGALRM, _ignore)
             signal.setitimer(signal.ITIMER_REAL, delay_s)

@@ -26,6 +26,7 @@ __all__ = ["Divergence", "RecordedHost", "ReplayFormatError", "replay"]
 _RAM_BYTES: Final = 64 << 20  # an ordinary VM's memory is user space's: the host needs next to none
 _COMPARED: Final = ("ret", "errno", "out", "exit", "run", "sync_regs")
 _REPLAY_WATCHDOG_S: Final = 0.3  # [s] the recorder waited ten times longer for guests that never exit
+_SLOWNESS: Final = 4.0  # a guest that came to its end before the signal must do so on a busy machine too
 _PATH: Final = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
 
@@ -60,7 +61,7 @@ class RecordedHost:
 
     def player(self) -> Player:
         """Return a player for a fresh process on this host."""
-        return Player(SimKernel(self._host), watchdog_s=_REPLAY_WATCHDOG_S)
+        return Player(SimKernel(self._host), watchdog_s=_REPLAY_WATCHDOG_S, slowness=_SLOWNESS)
 
     def leftovers(self) -> list[str]:
         """Say what is still held although every process has ended."""

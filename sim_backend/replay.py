@@ -74,6 +74,7 @@ class Replayer:
         self._module: TdxModule | None = None
         self._ticks = 0
         self._regs: Gprs = new_gprs()
+        self._host_regs: dict[int, Gprs] = {}  # of each LP, at its last TD entry
         self._last_init: int | None = None  # HPA of the TDR of the last TDH.MNG.INIT
         self._holds: list[Record] = []
         self._operations: dict[str, Callable[[Record], str | None]] = {
@@ -131,6 +132,7 @@ class Replayer:
         self._ticks = 1 << 40
         self._last_init = None
         self._holds = []
+        self._host_regs = {}
         platform.clock = self._clock
         platform.tsc_hz = 1_000_000_000
         platform.report_key = None  # the recorder's CPU makes no MACs
@@ -186,7 +188,10 @@ class Replayer:
             return self._seamcall_without_value(record)
         elif leaf == SeamcallLeaf.TDH_SERVTD_BIND and record.get("rax") == "0x0":
             adopt_uuids(module, record)
-        entered = module.seamcall(self._lp(record), regs)
+        lp = self._lp(record)
+        entered = module.seamcall(lp, regs)
+        if entered:
+            self._host_regs[lp] = regs[:]
         if record["res"] == "ret":
             if not entered:
                 out = record["out"]
@@ -194,7 +199,7 @@ class Replayer:
                     return self._compare_memory(record) if "mem" in record else None
             return self._describe(record, regs, entered=entered)
         if entered:
-            guest = _cpu(module, record["lp"]).gprs
+            guest = _cpu(module, lp).gprs
             if same_registers(record["guest"], guest, GUEST_OUTPUTS):
                 return None
         return self._describe(record, regs, entered=entered)
@@ -247,6 +252,7 @@ class Replayer:
             exit_.instruction_length = _number(record.get("ilen", 0))
             exit_.instruction_info = _number(record.get("info", 0))
         regs = self._regs
+        regs[:] = self._host_regs.get(lp, _ZERO_GPRS)
         left = module.vmexit(lp, regs)
         if record["res"] == "td_exit":
             if left and regs[RAX] == int(record["rax"], 16) and same_registers(record["out"], regs, TD_EXIT_OUTPUTS):

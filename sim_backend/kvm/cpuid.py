@@ -45,7 +45,7 @@ def find_entry(entries: Sequence[CpuidEntry], function: int, index: int) -> Cpui
 class VcpuCpuid:
     """One vCPU's table, and what KVM derives from it once, when it is set."""
 
-    __slots__ = ("_lookup", "entries", "has_x2apic", "max_gfn_bits", "maxphyaddr", "vendor_is_amd")
+    __slots__ = ("_lookup", "entries", "has_x2apic", "has_xsaves", "max_gfn_bits", "maxphyaddr", "vendor_is_amd")
 
     def __init__(self, entries: Sequence[CpuidEntry]) -> None:
         self.entries: Final = tuple(entries)
@@ -56,6 +56,8 @@ class VcpuCpuid:
         self.max_gfn_bits = size.eax >> 16 & 0xFF if size is not None else 0  # [bits] guest-physical size
         features = self.find(1)
         self.has_x2apic = features is not None and bool(features.ecx >> 21 & 1)
+        state = self.find(0xD, 1)
+        self.has_xsaves = state is not None and bool(state.eax >> 3 & 1)
         vendor = self.find(0)
         self.vendor_is_amd = vendor is not None and vendor.ebx in (0x68747541, 0x6F677948)  # "Auth", "Hygo"
 

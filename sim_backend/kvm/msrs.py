@@ -4,6 +4,7 @@ State-backed ones of an unprotected vCPU (EFER, segment bases, SYSCALL and SYSEN
 """
 
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.lapic import APIC_BASE_BSP, APIC_BASE_ENABLE, APIC_BASE_X2APIC, ICR
@@ -41,7 +42,13 @@ MSR_IA32_TSC_DEADLINE: Final = 0x6E0
 MSR_X2APIC_FIRST: Final = 0x800
 MSR_X2APIC_LAST: Final = 0x8FF
 MSR_IA32_XSS: Final = 0xDA0
+MSR_IA32_XFD: Final = 0x1C4
+MSR_IA32_XFD_ERR: Final = 0x1C5
 MSR_EFER: Final = 0xC000_0080
+MSR_K7_HWCR: Final = 0xC001_0015
+MSR_FAM10H_MMIO_CONF_BASE: Final = 0xC001_0058
+MSR_AMD64_OSVW_ID_LENGTH: Final = 0xC001_0140
+MSR_AMD64_OSVW_STATUS: Final = 0xC001_0141
 MSR_KVM_WALL_CLOCK: Final = 0x11
 MSR_KVM_SYSTEM_TIME: Final = 0x12
 MSR_KVM_WALL_CLOCK_NEW: Final = 0x4B56_4D00
@@ -96,8 +103,9 @@ def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
         return vcpu.apic.timer.tsc_deadline if vcpu.apic is not None else 0
     if index in (MSR_IA32_PRED_CMD, MSR_IA32_FLUSH_CMD):
         raise MsrUnknown
-    if index in _IGNORED:
-        return 0
+    constant = _READABLE.get(index)
+    if constant is not None:
+        return constant
     reset = _KEPT.get(index)
     if reset is not None:
         if not _vcpu_has(vcpu, index):
@@ -106,9 +114,10 @@ def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
             raise MsrRefused
         value = vcpu.msrs.get(index)
         return value if value is not None else vcpu.vm.host.profile.msr_reset.get(index, reset)
-    bank = _mce_register(vcpu, index)
-    if bank:
-        return vcpu.mcg_cap if index == MSR_IA32_MCG_CAP else vcpu.msrs.get(index, _mce_reset(index))
+    if _mce_register(vcpu, index):
+        if index < MSR_IA32_MC0_CTL and index >= MSR_IA32_MC0_CTL2 and not host_initiated and not _has_cmci(vcpu):
+            raise MsrRefused
+        return vcpu.mcg_cap if index == MSR_IA32_MCG_CAP else vcpu.msrs.get(index, 0)
     raise MsrUnknown
 
 
@@ -125,8 +134,11 @@ def set_msr_common(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -
     elif index == MSR_IA32_TSC_DEADLINE:
         if vcpu.apic is not None:
             vcpu.apic.timer.arm_tsc_deadline(value, guest_tsc(vcpu))
-    elif index in _IGNORED:
+    elif index in _WRITES_IGNORED:
         return
+    elif index == MSR_FAM10H_MMIO_CONF_BASE:
+        if value:
+            raise MsrRefused
     elif index in _KEPT:
         if not _vcpu_has(vcpu, index):
             raise MsrUnknown
@@ -153,6 +165,11 @@ _KEPT: Final = {
     MSR_SMI_COUNT: 0,
     MSR_IA32_SMBASE: 0x30000,
     MSR_IA32_XSS: 0,
+    MSR_IA32_XFD: 0,
+    MSR_IA32_XFD_ERR: 0,
+    MSR_K7_HWCR: 0,
+    MSR_AMD64_OSVW_ID_LENGTH: 0,
+    MSR_AMD64_OSVW_STATUS: 0,
     MSR_KVM_WALL_CLOCK: 0,
     MSR_KVM_SYSTEM_TIME: 0,
     MSR_KVM_WALL_CLOCK_NEW: 0,
@@ -164,14 +181,32 @@ _KEPT: Final = {
     MSR_KVM_ASYNC_PF_INT: 0,
     MSR_KVM_ASYNC_PF_ACK: 0,
 }
-# AMD and Intel MSRs that guests poke at: reads are zero, writes are ignored.
-_IGNORED: Final = frozenset(
-    {0x2A, 0x79, 0x199, 0x606, 0x611, 0x619, 0x639, 0x641, 0xC001_0010, 0xC001_001F, 0xC001_0020, 0xC001_0055}
-    | {0xC001_0058, 0xC001_0112, 0xC001_0113, 0xC001_0117, 0xC001_1022, 0xC001_1023, 0xC001_102A, 0xC001_102C}
+_READABLE: Final = MappingProxyType(
+    {
+        # What guests poke at: P4 and K7 leftovers, RAPL, AMD's system configuration. Each reads as a constant.
+        **dict.fromkeys((0x17, 0x2A, 0x199, 0x606, 0x611, 0x619, 0x639, 0x641), 0),
+        **dict.fromkeys((0xC001_0010, 0xC001_0055, 0xC001_0112, 0xC001_0113), 0),
+        0x2C: 1 << 24,  # MSR_EBC_FREQUENCY_ID
+        0xCD: 3,  # MSR_FSB_FREQ
+        0x198: 1000 | 4 << 40,  # MSR_IA32_PERF_STATUS
+        0x11E: 0xBE70_2111,  # MSR_IA32_BBL_CR_CTL3
+        0xC001_001B: 0x2000_0000,  # MSR_K7_CLK_CTL
+        # Performance counters of guests without a PMU.
+        **dict.fromkeys((0xC1, 0xC2, 0x186, 0x187, *range(0xC001_0000, 0xC001_0008)), 0),
+        **dict.fromkeys((0xC001_001F, 0xC001_0058, 0xC001_0117), 0),
+        **dict.fromkeys((0xC001_1022, 0xC001_1023, 0xC001_102A, 0xC001_102C), 0),
+    }
+)
+_WRITES_IGNORED: Final = frozenset(
+    {0x79, 0x11E, 0xC001_001B, 0xC001_001F, 0xC001_0020, 0xC001_0117}
+    | {0xC1, 0xC2, 0x186, 0x187, *range(0xC001_0000, 0xC001_0008)}
+    | {0xC001_1022, 0xC001_1023, 0xC001_102A, 0xC001_102C}
 )
 _HOST_ONLY: Final = frozenset(
     {MSR_IA32_ARCH_CAPABILITIES, MSR_IA32_PERF_CAPABILITIES, MSR_PLATFORM_INFO, MSR_SMI_COUNT, MSR_IA32_SMBASE}
 )
+_HWCR_IGNORED: Final = 0x148  # TLB cache, FFDIS, IGNNE
+_HWCR_KEPT: Final = 1 << 18 | 1 << 24  # McStatusWrEn, TscFreqSel
 _FROZEN_AFTER_RUN: Final = frozenset({MSR_IA32_ARCH_CAPABILITIES, MSR_PLATFORM_INFO, MSR_IA32_PERF_CAPABILITIES})
 
 
@@ -179,6 +214,8 @@ def _vcpu_has(vcpu: "Vcpu", index: int) -> bool:
     """Tell whether the vCPU's CPUID table has the feature that brings the MSR."""
     if index == MSR_IA32_ARCH_CAPABILITIES and not vcpu.vm.ops.has_protected_state:
         return vcpu.cpuid.has(7, "edx", 29)
+    if index in (MSR_AMD64_OSVW_ID_LENGTH, MSR_AMD64_OSVW_STATUS):
+        return vcpu.cpuid.has(0x8000_0001, "ecx", 9)
     return True
 
 
@@ -189,8 +226,19 @@ def _set_kept(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> Non
         raise MsrRefused
     if index == MSR_IA32_TSC_ADJUST and not vcpu.cpuid.has(7, "ebx", 1):
         return  # without the feature a write has no effect
-    if index == MSR_IA32_XSS and value:
-        raise MsrRefused  # no supervisor state is offered to these guests
+    if index == MSR_IA32_XSS:
+        if not vcpu.cpuid.has_xsaves:
+            raise MsrUnknown
+        if value:
+            raise MsrRefused  # no supervisor state is offered to these guests
+    if index in (MSR_IA32_XFD, MSR_IA32_XFD_ERR) and value & ~(vcpu.cpuid.has(0xD, "eax", 18) << 18):
+        raise MsrRefused
+    if index == MSR_IA32_PERF_CAPABILITIES and value & ~vcpu.vm.host.profile.feature_msrs.get(index, 0):
+        raise MsrRefused
+    if index == MSR_K7_HWCR:
+        value &= ~_HWCR_IGNORED
+        if value & ~_HWCR_KEPT:
+            raise MsrRefused
     if index == MSR_IA32_UCODE_REV and not host_initiated:
         return  # a guest's microcode "update trigger" is ignored
     if index == MSR_IA32_CR_PAT and any(value >> shift & 0xFF not in _PAT_TYPES for shift in range(0, 64, 8)):
@@ -205,16 +253,22 @@ def _set_kept(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> Non
     if index == MSR_KVM_POLL_CONTROL and value & ~1:
         raise MsrRefused
     if index in (MSR_KVM_ASYNC_PF_EN, MSR_KVM_STEAL_TIME, MSR_KVM_PV_EOI_EN):
-        _check_pv_area(index, value)
+        _check_pv_area(vcpu, index, value)
+    if index == MSR_KVM_ASYNC_PF_INT and (value >> 8 or vcpu.apic is None):
+        raise MsrRefused
     if index == MSR_KVM_ASYNC_PF_ACK:
         return
     vcpu.msrs[index] = value
 
 
-def _check_pv_area(index: int, value: int) -> None:
+def _check_pv_area(vcpu: "Vcpu", index: int, value: int) -> None:
     reserved = {MSR_KVM_ASYNC_PF_EN: 0x30, MSR_KVM_STEAL_TIME: 0x3E, MSR_KVM_PV_EOI_EN: 0x2}[index]
     if value & reserved:
         raise MsrRefused
+    if index == MSR_KVM_ASYNC_PF_EN and value and vcpu.apic is None:
+        raise MsrRefused
+    if index != MSR_KVM_STEAL_TIME and value & 1 and vcpu.vm.find_memslot(value >> 12) is None:
+        raise MsrRefused  # the area's address is looked up at once
 
 
 # ---- APIC base, x2APIC ------------------------------------------------------------------------------------
@@ -317,11 +371,20 @@ def _mce_register(vcpu: "Vcpu", index: int) -> bool:
         return bool(vcpu.mcg_cap >> 8 & 1)
     if MSR_IA32_MC0_CTL <= index < MSR_IA32_MC0_CTL + 4 * banks:
         return True
-    return MSR_IA32_MC0_CTL2 <= index < MSR_IA32_MC0_CTL2 + banks and bool(vcpu.mcg_cap >> 10 & 1)
+    return MSR_IA32_MC0_CTL2 <= index < MSR_IA32_MC0_CTL2 + banks
 
 
-def _mce_reset(index: int) -> int:
-    return _U64 if index >= MSR_IA32_MC0_CTL and index & 3 == 0 else 0
+def _has_cmci(vcpu: "Vcpu") -> bool:
+    return bool(vcpu.mcg_cap >> 10 & 1)
+
+
+def set_up_mce(vcpu: "Vcpu", mcg_cap: int) -> None:
+    """Set the number of banks and their features; every bank reports everything (KVM_X86_SETUP_MCE)."""
+    vcpu.mcg_cap = mcg_cap
+    if mcg_cap >> 8 & 1:
+        vcpu.msrs[MSR_IA32_MCG_CTL] = _U64
+    for bank in range(mcg_cap & 0xFF):
+        vcpu.msrs[MSR_IA32_MC0_CTL + 4 * bank] = _U64
 
 
 def _set_mce(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> None:
@@ -335,6 +398,8 @@ def _set_mce(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> None
             raise MsrRefused
         if register == 1 and not host_initiated and value:
             raise MsrRefused
-    elif index >= MSR_IA32_MC0_CTL2 and value & ~(1 << 30 | 0x7FFF):
+    elif index >= MSR_IA32_MC0_CTL2 and (
+        value & ~(1 << 30 | 0x7FFF) or (not _has_cmci(vcpu) and (value or not host_initiated))
+    ):
         raise MsrRefused
     vcpu.msrs[index] = value

@@ -62,6 +62,7 @@ class VendorMsr:
     reset: int = 0
     writable: int = (1 << 64) - 1  # a write with any other bit is refused
     readable: bool = True
+    kept: bool = True  # False: a write is accepted and forgotten
 
 
 @dataclass(frozen=True)

@@ -290,8 +290,8 @@ def set_sregs_head(vcpu: "Vcpu", data: bytes) -> CpuState:
     state.gdtr_base, state.gdtr_limit = gdt_base, gdt_limit
     state.idtr_base, state.idtr_limit = idt_base, idt_limit
     state.cr2, state.cr3 = cr2, cr3
-    if vcpu.vm.host.profile.behaves("interprets_guest_code") and cr4 & CR4_PAE and not efer & EFER_LMA:
-        cr0 &= ~CR0_PG  # kvm_pvm has no PAE paging outside long mode
+    if vcpu.vm.host.profile.behaves("interprets_guest_code") and not efer & EFER_LMA:
+        cr0 &= ~CR0_PG  # kvm_pvm has no paging outside long mode
     state.cr0, state.cr4, state.efer = cr0, cr4, efer
     vcpu.set_cr8(cr8)
     for name, segment in segments.items():

@@ -276,9 +276,9 @@ class Vcpu:
 
     def _mce_bank_enabled(self, bank: int) -> bool:
         all_ones = (1 << 64) - 1
-        if self.mcg_cap >> 8 & 1 and self.msrs.get(0x17B, all_ones) != all_ones:
+        if self.mcg_cap >> 8 & 1 and self.msrs.get(0x17B) != all_ones:
             return False
-        return self.msrs.get(0x400 + 4 * bank, all_ones) == all_ones
+        return self.msrs.get(0x400 + 4 * bank) == all_ones
 
     # ---- registers of an unprotected vCPU -------------------------------------------------------------------
 

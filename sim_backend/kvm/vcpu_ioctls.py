@@ -16,6 +16,7 @@ from sim_backend.kvm.dispatch import CallTable, IoctlHandler
 from sim_backend.kvm.errors import Errno, as_int
 from sim_backend.kvm.files import Files
 from sim_backend.kvm.msr_ioctls import MsrIoctls
+from sim_backend.kvm.msrs import set_up_mce
 from sim_backend.kvm.pre_fault import pre_fault_memory
 from sim_backend.kvm.registers import RegisterIoctls
 from sim_backend.kvm.run import make_run
@@ -240,7 +241,7 @@ class VcpuIoctls:
         supported = self._vm.host.profile.mce_cap_supported
         if not banks or banks > _MAX_MCE_BANKS or cap & ~(supported | 0xFF | 0xFF0000):
             raise Errno(errno.EINVAL)
-        self._vcpu.mcg_cap = cap
+        set_up_mce(self._vcpu, cap)
         return 0
 
     def set_mce(self, argp: int) -> int:

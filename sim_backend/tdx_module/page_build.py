@@ -41,7 +41,7 @@ def add_and_extend(module: TdxModule, lp: int, regs: Gprs) -> None:
         index = _free_entry(module, tdcs, gpa)
         if index is not None:
             memory = module.memory.b
-            memory[page : page + 4096] = memory[source : source + 4096]
+            module.copy_from_shared(source, page)
             q = module.q
             q[index] = _MAPPED | page
             tdcs.measurement.extend(module.extender.added_page(gpa, memory[page : page + 4096]))
@@ -76,7 +76,7 @@ def _source_if_usual(module: TdxModule, regs: Gprs) -> int | None:
     source &= ~module.hkid_mask
     if base < source + 4096 <= base + size + 4095:
         return None
-    if source >= module.memory.ram_bytes or not module.pamt.is_idle(tdr.hpa) or not module.pamt.is_free(page):
+    if not module.pamt.is_idle(tdr.hpa) or not module.pamt.is_free(page):
         return None
     return source
 

@@ -86,7 +86,8 @@ def set_msr(vcpu: "Vcpu", index: int, value: int, *, host_initiated: bool) -> No
         rule = vcpu.vm.host.profile.vendor_msrs[index]
         if value & ~rule.writable:
             raise MsrRefused
-        vcpu.msrs[index] = value
+        if rule.kept:
+            vcpu.msrs[index] = value
     elif index in (MSR_IA32_PRED_CMD, MSR_IA32_FLUSH_CMD):
         raise MsrUnknown
     else:

@@ -128,7 +128,7 @@ def test_a_read_wider_than_8_bytes_and_a_page_crossing_are_split(kernel: SimKern
 
 
 def test_an_instruction_beyond_the_emulator_is_an_emulation_error_with_its_bytes(kernel: SimKernel) -> None:
-    with SmallVm(kernel, b"\x0f\x6f\x07\xf4") as small:  # movq mm0, [bx]
+    with SmallVm(kernel, b"\xd8\x07\xf4") as small:  # fadds [bx]
         regs = small.vcpu.get_regs()
         regs.rbx = 0
         small.vcpu.set_regs(regs)

@@ -10,6 +10,7 @@ import pytest
 
 from sim_backend.hw.gprs import R8, R9, RAX, RCX, RDX, new_gprs
 from sim_backend.seamcall_host import SeamcallHost, Td
+from sim_backend.tdx_module import page_build
 from sim_backend.tdx_module.mrtd import PageExtender, add_block
 from uapi_ctypes.tdx_leaves import SeamcallLeaf
 
@@ -70,6 +71,29 @@ def test_the_batch_path_equals_the_leaf_by_leaf_path(host: SeamcallHost) -> None
         assert host.module.memory.read(page, 4096) == page_contents(number)
     slow_mrtd = host.finalize(slow)
     assert slow_mrtd == host.finalize(fast)
+
+
+def test_a_source_in_user_memory_is_the_usual_case_too(host: SeamcallHost) -> None:
+    """The user's pages have HPAs above the RAM: what KVM hands over, always."""
+    contents = page_contents(7)
+    window = host.module.memory.add_window(
+        4096, 0, lambda start, size: contents[start : start + size], lambda *_: pytest.fail("written to")
+    )
+    tds = [host.create_td(), host.create_td()]
+    for td in tds:
+        host.create_vcpu(td)
+        host.add_tables(td, 0)
+    host.add_page(tds[0], 0, window.base)
+    host.extend_page(tds[0], 0)
+    regs = new_gprs()
+    regs[RAX], regs[RCX], regs[RDX], regs[R8], regs[R9] = 2, 0, tds[1].tdr, host.page(), window.base
+
+    assert page_build._source_if_usual(host.module, regs) == window.base
+    host.module.mem_page_add_extend(0, regs)
+
+    assert (regs[RAX], host.module.memory.read(regs[R8], 4096)) == (0, contents)
+    assert host.finalize(tds[0]) == host.finalize(tds[1])
+    host.module.memory.remove_window(window)
 
 
 def test_a_failed_add_measures_nothing(host: SeamcallHost) -> None:
