@@ -9,6 +9,7 @@ from typing import Final
 
 from sim_backend.cpu.engine import Cpu, ExitReason
 from sim_backend.hw.gprs import Gprs
+from sim_backend.tdx_module.dispatch import seamcall, vmexit  # the methods of `TdxModule`, a call less each
 from sim_backend.tdx_module.module import TdxModule
 
 RESCHEDULE_VECTOR: Final = 0xFD
@@ -33,9 +34,8 @@ class SeamPort:
         TDH.VP.ENTER returns at the TD exit. What the CPU model cannot execute (`UnsupportedInstruction`)
         propagates after the LP has left the TD, as an external interrupt would have made it.
         """
-        module = self.module
         with self._lock:
-            if not module.seamcall(lp, regs):
+            if not seamcall(self.module, lp, regs):
                 return
         self._run_td(lp, regs)
 
@@ -55,14 +55,14 @@ class SeamPort:
                     cpu.invalidate()
                 cpu.run()
                 with lock:
-                    if module.vmexit(lp, regs):
+                    if vmexit(module, lp, regs):
                         return
         except BaseException:
             if module.running[lp] is not None:
                 cpu.exit.reason = ExitReason.EXTERNAL_INTERRUPT
                 cpu.exit.qualification = 0
                 with lock:
-                    module.vmexit(lp, regs)
+                    vmexit(module, lp, regs)
             raise
         finally:
             if arrived:

@@ -28,7 +28,7 @@ class Arbiter:
 
     def acquire(self, runner: Kickable) -> None:
         """Wait for the turn; `runner` is who the next waiter kicks."""
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(False):  # by position: this is on every way into a guest
             self._wait()
         self._runner = runner
 

@@ -5,7 +5,7 @@ Everything that TDH.SYS.INIT and TDH.SYS.LP.INIT check is a value here, so that 
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -99,6 +99,11 @@ class Platform:
         """Read `msr` on LP `lp`; one that the profile does not list reads as zero."""
         own = self.lps[lp].msrs
         return own[msr] if msr in own else self.msrs.get(msr, 0)
+
+    def msrs_of(self, lp: int) -> Mapping[int, int]:
+        """Return the MSRs of LP `lp` for several reads in a row; one that is not in there reads as zero."""
+        own = self.lps[lp].msrs
+        return self.msrs | own if own else self.msrs
 
     def wrmsr(self, msr: int, value: int, lp: int | None = None) -> None:
         """Set `msr` on every LP, or on `lp` only."""

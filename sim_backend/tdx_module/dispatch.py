@@ -96,7 +96,7 @@ def seamcall(module: TdxModule, lp: int, regs: Gprs) -> bool:
     if result == TD_ENTERED:
         return True
     regs[RAX] = result
-    if module.statuses:
+    if result >> 32 in module.statuses:
         rename_status(module, regs)
     return False
 
@@ -116,6 +116,6 @@ def _accepts_version(module: TdxModule, leaf: int) -> bool:
 def vmexit(module: TdxModule, lp: int, regs: Gprs) -> bool:
     """Handle a VM exit of the TD that LP `lp` runs; see `TdxModule.vmexit`."""
     left = vmexit_dispatch.vmexit(module, lp, regs)
-    if left and module.statuses:
+    if left and regs[RAX] >> 32 in module.statuses:
         rename_status(module, regs)
     return left

@@ -22,7 +22,8 @@ DF_INTERRUPTION_INFO: Final = 0x8000_0B08
 NMI_INTERRUPTION_INFO: Final = 0x8000_0202
 _TYPE: Final = 7 << 8
 _HARDWARE_EXCEPTION: Final = 3 << 8
-_VALID: Final = 1 << 31
+VALID: Final = 1 << 31
+"""In interruption information: there is an event."""
 _VECTOR_PF: Final = 14
 _RFLAGS_RF: Final = 1 << 16
 
@@ -51,7 +52,7 @@ def is_intercepted(tdvps: Tdvps) -> bool:
     """
     vmcs = tdvps.vmcs
     info = vmcs.get(ENTRY_INTERRUPTION_INFO, 0)
-    if not info & _VALID or info & _TYPE != _HARDWARE_EXCEPTION:
+    if not info & VALID or info & _TYPE != _HARDWARE_EXCEPTION:
         return False
     vector = info & 0xFF
     if not vmcs[EXCEPTION_BITMAP] >> vector & 1:
@@ -64,10 +65,8 @@ def is_intercepted(tdvps: Tdvps) -> bool:
 
 
 def entry_is_over(tdvps: Tdvps) -> None:
-    """Mark the event of the last entry as delivered, as the CPU does at each VM exit."""
-    info = tdvps.vmcs.get(ENTRY_INTERRUPTION_INFO)
-    if info is not None:
-        tdvps.vmcs[ENTRY_INTERRUPTION_INFO] = info & ~_VALID
+    """Mark the event of the last entry, if there was one, as delivered, as the CPU does at each VM exit."""
+    tdvps.vmcs[ENTRY_INTERRUPTION_INFO] &= ~VALID
 
 
 def _set_rf(tdvps: Tdvps) -> None:

@@ -149,6 +149,9 @@ class TdxModule:
 
     def lock_tdvpr(self, hpa: int, operand: int, exclusive: int = 0) -> Tdvps:
         """Check that `hpa` is a TDVPR page, lock it, and lock its TDR shared (OPERAND_BUSY names TDR)."""
+        tdvps = self.tdvpses.get(hpa)
+        if tdvps is not None and not exclusive and self.pamt.lock_path(tdvps.pamt_path):
+            return tdvps  # the usual case in one go
         index = self.pamt.lock(hpa, _TDVPR, operand, exclusive)
         self.pamt.lock_entry(self.pamt.entry_4k(self.q[index] >> 24 << 12), Operand.TDR, 0)
         return self.tdvpses[hpa]

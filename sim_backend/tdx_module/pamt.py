@@ -23,7 +23,8 @@ GIB: Final = 1 << 30
 ENTRY_BYTES: Final = 16
 _LOCK: Final = 0xFFFF
 _TYPE_OR_LOCK: Final = 0xFF_FFFF
-_TYPE_OR_CONTENTION: Final = 0xFF0000 | EXCLUSIVE | HOST_PRIORITY
+_CONTENTION: Final = EXCLUSIVE | HOST_PRIORITY
+_TYPE_OR_CONTENTION: Final = 0xFF0000 | _CONTENTION
 
 
 class PageType(IntEnum):
@@ -269,6 +270,27 @@ class Pamt:
             self.q[index] = (word & ~HOST_PRIORITY) + HP_READER
         self.held.append(index << 1 | exclusive)
 
+    def path(self, hpa: int, owner: int) -> tuple[int, int, int, int]:
+        """Return the entries (1G, 2M, 4K) on the way to the 4 KiB page `hpa`, and the 4K entry of its `owner`."""
+        return self.entry_1g(hpa), self.entry_2m(hpa), self.entry_4k(hpa), self.entry_4k(owner)
+
+    def lock_path(self, path: tuple[int, int, int, int]) -> bool:
+        """Lock what `path` returned, all shared, if nobody has or wants any of it exclusively; else do nothing.
+
+        For a page that is known to be what it should be; without success `lock` and `lock_entry` say why.
+        """
+        q = self.q
+        first, second, third, owner = path
+        word_1, word_2, word_3, word_4 = q[first], q[second], q[third], q[owner]
+        if (word_1 | word_2 | word_3 | word_4) & _CONTENTION:
+            return False
+        q[first] = word_1 + HP_READER
+        q[second] = word_2 + HP_READER
+        q[third] = word_3 + HP_READER
+        q[owner] = word_4 + HP_READER
+        self.held += (first << 1, second << 1, third << 1, owner << 1)
+        return True
+
     def page_type(self, index: int) -> int:
         """Return the `PageType` in the entry at word `index`."""
         return self.q[index] >> 16 & 0xFF
@@ -313,10 +335,11 @@ class Pamt:
         for child in range(first, first + 1024, 2):
             q[child] &= ~0xFF0000
 
-    def release(self) -> None:
-        """Release the locks noted in `held`."""
+    def release(self, held: list[int] | None = None) -> None:
+        """Release the locks noted in `held`, by default those that the current leaf took, and empty the list."""
         q = self.q
-        held = self.held
+        if held is None:
+            held = self.held
         for noted in held:
             if noted & 1:
                 q[noted >> 1] &= ~(_LOCK & ~HOST_PRIORITY)

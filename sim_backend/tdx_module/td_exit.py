@@ -66,10 +66,7 @@ def leave(module: TdxModule, lp: int, tdvps: Tdvps, vcpu_state: int, last_td_exi
 
 def _release(module: TdxModule, lp: int, tdvps: Tdvps) -> None:
     module.running[lp] = None
-    pamt = module.pamt
-    pamt.held.extend(tdvps.held)
-    tdvps.held = []
-    pamt.release()
+    module.pamt.release(tdvps.held)
 
 
 def async_exit(

@@ -70,6 +70,7 @@ class Tdvps:
         "last_exit_tsc",
         "last_td_exit",
         "num_tdvps_pages",
+        "pamt_path",
         "pend_nmi",
         "possibly_epf_stepping",
         "rip_on_entry",
@@ -84,9 +85,10 @@ class Tdvps:
         "xfam",
     )
 
-    def __init__(self, hpa: int, tdr: Tdr) -> None:
+    def __init__(self, hpa: int, tdr: Tdr, pamt_path: tuple[int, int, int, int]) -> None:
         self.hpa = hpa
         self.tdr = tdr
+        self.pamt_path = pamt_path  # `Pamt.path` of the TDVPR page and its TDR
         self.cpu: Cpu | None = None  # from TDH.VP.INIT on
         self.num_tdvps_pages = 1
         self.tdvps_page_pa = [hpa]

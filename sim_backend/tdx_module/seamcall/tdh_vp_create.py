@@ -41,7 +41,7 @@ def tdh_vp_create(module: TdxModule, lp: int, regs: Gprs) -> int:  # noqa: ARG00
     # ---- Every check passed: from here on the leaf cannot fail. ----
 
     module.memory.zero_page(hpa)
-    module.tdvpses[hpa] = Tdvps(hpa, tdr)
+    module.tdvpses[hpa] = Tdvps(hpa, tdr, module.pamt.path(hpa, tdr_hpa))
     tdr.chldcnt += 1
     module.pamt.set_page(entry, PageType.TDVPR, tdr_hpa)
     return 0

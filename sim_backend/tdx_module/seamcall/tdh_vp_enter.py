@@ -58,7 +58,8 @@ def tdh_vp_enter(module: TdxModule, lp: int, regs: Gprs) -> int:
     platform = module.platform
 
     # 1. CPUID is not limited to the leaves of Windows NT 4; RCX has no reserved bits.
-    misc_enable = platform.rdmsr(lp, IA32_MISC_ENABLE)
+    msrs = platform.msrs_of(lp)
+    misc_enable = msrs.get(IA32_MISC_ENABLE, 0)
     if misc_enable & MISC_ENABLE_BOOT_NT4:
         raise LeafError(Status.LIMIT_CPUID_MAXVAL_SET)
     if rcx & _RESERVED:
@@ -82,7 +83,7 @@ def tdh_vp_enter(module: TdxModule, lp: int, regs: Gprs) -> int:
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
 
     # 5. Time has not been turned back, and MONITOR works if the TD has it.
-    if platform.rdmsr(lp, _IA32_TSC_ADJUST) != module.msrs[_IA32_TSC_ADJUST]:
+    if msrs.get(_IA32_TSC_ADJUST, 0) != module.msrs[_IA32_TSC_ADJUST]:
         raise LeafError(Status.INCONSISTENT_MSR, _IA32_TSC_ADJUST)
     if platform.rdtsc() - tdvps.last_exit_tsc >> 63 & 1:
         raise LeafError(Status.TSC_ROLLBACK)
@@ -131,7 +132,7 @@ def tdh_vp_enter(module: TdxModule, lp: int, regs: Gprs) -> int:
 
     # The locks on TDVPR and TDR are kept until the TD exit.
     held = module.pamt.held
-    tdvps.held = held[:]
+    tdvps.held += held
     held.clear()
     module.running[lp] = tdvps
     return TD_ENTERED

@@ -27,6 +27,7 @@ _INVALID_RAX: Final = Status.OPERAND_INVALID << 32 | Operand.RAX
 _BUSY_HOST_PRIORITY: Final = int(Status.OPERAND_BUSY_HOST_PRIORITY)
 _BUSY: Final = Status.OPERAND_BUSY << 32
 _RAX_RESERVED: Final = ~0xFF_FFFF
+_TD_EXIT: Final = Outcome.TD_EXIT
 
 
 def _load(leaf: TdcallLeaf) -> TdcallLeafFunction | None:
@@ -69,7 +70,7 @@ def tdcall(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> Outcome:
             except TdExit:
                 return Outcome.TD_EXIT
             if status == EXITED:
-                return Outcome.TD_EXIT
+                return _TD_EXIT
             if status == INTERRUPTED:
                 tdvps.hp_lock_busy = False
                 return Outcome.RESUME

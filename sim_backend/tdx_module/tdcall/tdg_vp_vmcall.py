@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.engine import ExitReason
@@ -31,8 +32,9 @@ def selected_registers(mask: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _zeroed_registers(mask: int, keep_rbp: bool) -> tuple[int, ...]:
-    return tuple(r for r in range(2, 16) if not mask >> r & 1 and not (keep_rbp and r == RBP))
+def _what_the_host_gets(mask: int, keep_rbp: bool) -> itemgetter[tuple[int, ...]]:
+    """Return what picks the host's RDX to R15 out of the guest's 16 GPRs, a zero, and the host's own RBP."""
+    return itemgetter(*(r if mask >> r & 1 else 17 if keep_rbp and r == RBP else 16 for r in range(2, 16)))
 
 
 def tdg_vp_vmcall(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> int:
@@ -62,10 +64,7 @@ def tdg_vp_vmcall(module: TdxModule, lp: int, regs: Gprs, tdvps: Tdvps) -> int:
     # ---- Every check passed: from here on the leaf cannot fail. ----
 
     mask = control & 0xFFFF
-    for register in selected_registers(mask):
-        regs[register] = gprs[register]
-    for register in _zeroed_registers(mask, keep_rbp):
-        regs[register] = 0
+    regs[2:] = _what_the_host_gets(mask, keep_rbp)((*gprs, 0, regs[RBP]))
     regs[RCX] = control | tdvps.curr_vm << 32
     regs[RAX] = _TDCALL | (BUS_LOCK_PREEMPTED if tdvps.bus_lock_preempted else 0)
     tdvps.bus_lock_preempted = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from sim_backend.cpu.engine import ExitReason
 from sim_backend.hw.gprs import Gprs
 from sim_backend.tdx_module import stepping
-from sim_backend.tdx_module.event_injection import EventInjected, entry_is_over, is_intercepted
+from sim_backend.tdx_module.event_injection import VALID, EventInjected, entry_is_over, is_intercepted
 from sim_backend.tdx_module.nmi import arm_window
 from sim_backend.tdx_module.not_modelled import NotModelled
 from sim_backend.tdx_module.outcome import Outcome
@@ -112,7 +112,8 @@ def vmexit(module: TdxModule, lp: int, regs: Gprs) -> bool:
             tdvps.bus_lock_preempted = True
         if reason & _ENTRY_FAILED:
             return _entry_failed(module, lp, regs, tdvps)
-    entry_is_over(tdvps)
+    if tdvps.vmcs.get(ENTRY_INTERRUPTION_INFO, 0) & VALID:
+        entry_is_over(tdvps)
     try:
         outcome = HANDLERS.get(reason & _BASIC_REASON, unexpected_exit)(module, lp, regs, tdvps)
     except EventInjected:
