@@ -20,7 +20,8 @@ EXECUTED_HERE = {
     "ci.yml/gate/The gate",
     "ci.yml/kvm/Is there a /dev/kvm?",
     "ci.yml/kvm/Compare with the simulator",
-    "ci.yml/lab/Sshds, Ansible and a virtual machine",
+    "ci.yml/lab/What a bare Debian lacks",
+    "ci.yml/lab/Sshds, Ansible, kernels and virtual machines",
     "hardware.yml/hosts/Which hosts?",
 }
 RUN = STEPS["action.yml/action/Run"]
@@ -168,11 +169,19 @@ def test_the_gate_is_make_test(runner: Runner) -> None:
     assert made.read_text() == "test\n"
 
 
-def test_the_lab_job_is_make_test_lab_as_root(runner: Runner) -> None:
+def test_the_lab_job_is_make_test_lab(runner: Runner) -> None:
     made = fake_make(runner)
-    runner.tool("sudo", 'echo "sudo" >>' + str(made) + '; exec "$@"')
-    assert runner.execute(STEPS["ci.yml/lab/Sshds, Ansible and a virtual machine"]).returncode == 0
-    assert made.read_text() == "sudo\ntest-lab\n", "and the runner's own Python stays in PATH"
+    assert runner.execute(STEPS["ci.yml/lab/Sshds, Ansible, kernels and virtual machines"]).returncode == 0
+    assert made.read_text() == "test-lab\n"
+
+
+def test_the_lab_job_installs_what_the_checkout_and_make_need(runner: Runner) -> None:
+    asked = runner.temp / "asked"
+    runner.tool("apt-get", f'echo "$@" >>{asked}')
+    assert runner.execute(STEPS["ci.yml/lab/What a bare Debian lacks"]).returncode == 0
+    update, install = asked.read_text().splitlines()
+    assert update.startswith("update")
+    assert {"git", "make", "python3", "python3-venv"} <= set(install.split())
 
 
 @pytest.mark.parametrize("target", ["setup", "test", "test-lab"])
