@@ -4,10 +4,8 @@ One JSON object a line; its keys are described in ``tests/golden/kvm/README.md``
 in hexadecimal, byte strings as ``hex:…``, addresses as ``hva:BUFFER+OFFSET``, descriptors by the id of their object.
 """
 
-import gzip
 import json
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from sim_backend.vector_file import ReplayFormatError
+from sim_backend.vector_file import Record as Record
+from sim_backend.vector_file import read_objects
 
-Record: TypeAlias = dict[str, Any]
 Resolver: TypeAlias = Callable[[str], int]
 """Makes a number of an ``hva:`` address or an object id."""
 
@@ -29,32 +27,12 @@ _MAX_CPUID_ROOM: Final = 400
 _MSR_ROOM: Final = 2048
 _WORD_MAPS: Final = frozenset({"regs", "region", "chip"})  # byte areas shown as {offset: 32-bit word}
 _WORD_MAP_BYTES: Final = 128
+_REQUIRED: Final = {"scenario": str, "req": str, "arg": dict}
 
 
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a recording; raise `ReplayFormatError` or ``OSError``."""
-    line = 0
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            for line, text in enumerate(stream, 1):
-                yield _parse(line, text)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ReplayFormatError(line + 1, f"the compressed file is damaged or truncated: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ReplayFormatError(line + 1, f"not UTF-8 text: {error.reason}") from error
-
-
-def _parse(line: int, text: str) -> Record:
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ReplayFormatError(line, f"not a JSON object: {error}") from error
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(key), kind) for key, kind in (("scenario", str), ("req", str), ("arg", dict))
-    ):
-        raise ReplayFormatError(line, 'not an object with "scenario", "req" and "arg"')
-    return record
+    return read_objects(path, _REQUIRED)
 
 
 def number(value: Any) -> int:

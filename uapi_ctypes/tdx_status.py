@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Self
 
-from uapi_ctypes.vmx import VmxExitReason
+from uapi_ctypes.vmx import ExitReason
 
 
 class Status(IntEnum):
@@ -357,7 +357,7 @@ class Rax:
         if status is _S.NUM_ACTIVATED_HKIDS_NOT_SUPPORTED:
             return f"limit {detail}"
         if status in _EXIT_REASON:
-            return f"exit reason {VmxExitReason.name_of(detail)}" if detail else ""
+            return f"exit reason {ExitReason.name_of(detail)}" if detail else ""
         if detail or status in _NAMES_RAX:
             return Operand.name_of(detail)
         return ""
@@ -380,7 +380,7 @@ def describe(rax: int) -> str:
     except ValueError:
         return f"{rax:#018x}"
     reason = rax & 0xFFFF_FFFF
-    return f"{known.name}(exit reason {VmxExitReason.name_of(reason)})" if reason else known.name
+    return f"{known.name}(exit reason {ExitReason.name_of(reason)})" if reason else known.name
 
 
 def explain(value: int) -> list[str]:

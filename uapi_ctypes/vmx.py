@@ -3,14 +3,14 @@
 from enum import IntEnum
 
 
-class VmxExitReason(IntEnum):
+class ExitReason(IntEnum):
     """Basic exit reason, bits 15:0 of the exit-reason field."""
 
-    EXCEPTION_NMI = 0
+    EXCEPTION_OR_NMI = 0
     EXTERNAL_INTERRUPT = 1
     TRIPLE_FAULT = 2
-    INIT_SIGNAL = 3
-    SIPI_SIGNAL = 4
+    INIT = 3
+    SIPI = 4
     IO_SMI = 5
     OTHER_SMI = 6
     INTERRUPT_WINDOW = 7
@@ -39,20 +39,21 @@ class VmxExitReason(IntEnum):
     IO_INSTRUCTION = 30
     MSR_READ = 31
     MSR_WRITE = 32
-    INVALID_GUEST_STATE = 33
-    MSR_LOAD_FAILURE = 34
+    FAILED_ENTRY_GUEST_STATE = 33
+    FAILED_ENTRY_MSR_LOAD = 34
     MWAIT = 36
     MONITOR_TRAP_FLAG = 37
     MONITOR = 39
     PAUSE = 40
-    MACHINE_CHECK_AT_ENTRY = 41
+    FAILED_ENTRY_MACHINE_CHECK = 41
+    C_STATE_SMI = 42
     TPR_BELOW_THRESHOLD = 43
     APIC_ACCESS = 44
     VIRTUALIZED_EOI = 45
     GDTR_IDTR_ACCESS = 46
     LDTR_TR_ACCESS = 47
     EPT_VIOLATION = 48
-    EPT_MISCONFIG = 49
+    EPT_MISCONFIGURATION = 49
     INVEPT = 50
     RDTSCP = 51
     PREEMPTION_TIMER = 52
@@ -74,8 +75,8 @@ class VmxExitReason(IntEnum):
     TPAUSE = 68
     LOADIWKEY = 69
     ENCLV = 70
-    ENQCMD_PASID_TRANSLATION_FAILURE = 72
-    ENQCMDS_PASID_TRANSLATION_FAILURE = 73
+    ENQCMD = 72
+    ENQCMDS = 73
     BUS_LOCK = 74
     NOTIFY = 75
     SEAMCALL = 76
