@@ -84,7 +84,7 @@ def test_an_interrupt_lost_in_a_c_callback_comes_again(tmp_path: Path, host: Fak
     record = Run(tmp_path)(source, host)
 
     assert (record.exit_code, record.results) == (130, [])
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def test_a_signal_that_our_parent_had_us_ignore_stays_ignored() -> None:
@@ -117,5 +117,5 @@ def test_endless_vcpus_in_threads_end_at_once(tmp_path: Path) -> None:
     record = run_on(select("local"), [suite], RunOptions(), SilentDisplay())
 
     assert (record.exit_code, record.results) == (130, [])
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("tdxhw-vcpu")] == []

@@ -138,7 +138,7 @@ def test_interrupted_is_130_with_results_so_far_and_no_process_left(
     document = json.loads(out)
     host = "mainline" if backend == "sim" else "local"
     assert process.returncode == 130
-    assert took < 5
+    assert took < 15
     assert document["interrupted"]
     assert [(r["test"], r["outcome"]) for r in document["results"]] == [("test_quick", "passed")]
     assert f"test_quick[{host}]" in [case.get("name") for case in ET.parse(junit).iter("testcase")]

@@ -17,7 +17,7 @@ def block_until_kicked(run: KvmRun) -> float:
     begun = time.monotonic()
     while not run.immediate_exit:
         system_select.select([], [], [], 0.05)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
     return time.monotonic() - begun
 
 
