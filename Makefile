@@ -4,9 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 SUITES ?=
+N      ?= 100000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-lab lint bench payloads uapi-headers clean
+.PHONY: help setup run test test-lab lint bench ioctls payloads uapi-headers tdx-kernel clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,16 +31,25 @@ test: $(STAMP) lint ## The whole gate: lint, then every test
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not lab" tests
 	$(BIN)/tdxhw run --on sim
 
-test-lab: $(STAMP) ## The lab: real sshds, Ansible, a browser, an emulated VM (root; minutes)
+test-lab: $(STAMP) tdx-kernel .cache/uapi-headers/provenance.txt ## The lab: real sshds, Ansible, a browser, an emulated VM (root; minutes)
 	sh tools/lab_packages.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt labgrid
 	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab -o faulthandler_timeout=0 --durations=10 tests/lab
+
+ioctls: $(STAMP) ## Random ioctls on simulated TDs, with every invariant checked (N=100000: two minutes)
+	TDXHW_IOCTLS=$(N) $(BIN)/pytest -q -s -o faulthandler_timeout=0 tests/properties/test_ioctl_sequences.py
 
 bench: $(STAMP) ## Measure the hot paths, each as a ratio within one run
 	$(BIN)/python -m bench $(BENCH)
 
 uapi-headers: ## Fetch kernel headers with KVM_TDX_* for the layout tests (Debian; nothing is installed)
-	$(PYTHON) tools/fetch_uapi_headers.py
+	$(PYTHON) -m tools.fetch_uapi_headers
+
+.cache/uapi-headers/provenance.txt:
+	$(PYTHON) -m tools.fetch_uapi_headers
+
+tdx-kernel: ## Build the kernels of the lab's tests, cached by configuration (Debian; ten minutes the first time)
+	$(PYTHON) -m tools.tdx_kernel $(KERNELS)
 
 payloads: $(STAMP) ## Rebuild the guest payloads from their .S sources (needs binutils)
 	$(BIN)/python -m tdxhw.guest.build

@@ -186,6 +186,26 @@ class OutOfHkids:
 
 
 @dataclass(frozen=True, slots=True)
+class MiscCgroupLimit:
+    """User space's misc control group may have `left` more TDs, whatever the host has."""
+
+    left: int = 0
+
+    def inject(self, machine: "Machine", seam: FaultySeam) -> Undo:
+        """Write the group's ``misc.max``."""
+        del seam
+        host = machine.tdx
+        if host is None:
+            raise FaultError(f"profile {machine.profile.name} has no TDX, so no TDs to limit")
+        host.misc_cg_max = self.left + sum(1 for ops in host.tds if ops.td.hkid)
+
+        def undo() -> None:
+            host.misc_cg_max = None
+
+        return undo
+
+
+@dataclass(frozen=True, slots=True)
 class OutOfMemory:
     """Only `left` more pages can be allocated."""
 
@@ -299,6 +319,7 @@ FAULTS: Final[Mapping[str, type[Fault]]] = MappingProxyType(
         "key-generation-failed": KeyGenerationFailed,
         "pconfig-busy": PconfigBusy,
         "out-of-hkids": OutOfHkids,
+        "misc-cgroup-limit": MiscCgroupLimit,
         "out-of-memory": OutOfMemory,
         "interrupted-wbinvd": InterruptedWbinvd,
         "dead-cpu": DeadCpu,

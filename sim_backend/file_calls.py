@@ -33,6 +33,7 @@ PROT_EXEC: Final = 4
 MAP_PRIVATE: Final = 2
 _MAP_TYPE: Final = 15
 _MAP_TYPES: Final = (1, MAP_PRIVATE, 3)  # MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE
+_TASK_SIZE: Final = (1 << 47) - 4096  # [bytes]
 _SEEK_MAX: Final = 4  # SEEK_HOLE
 _MODES: Final = {"kvm": 0o20660, "kvm-gmem": 0o100600}
 _ANONYMOUS_MODE: Final = 0o600
@@ -106,7 +107,10 @@ class FileCalls:
         """Return size, mode, blocks, blksize and nlink."""
         file = self._simulated(fd)
         if file is None:
-            stat = os.fstat(fd)
+            try:
+                stat = os.fstat(fd)
+            except OSError as error:
+                raise KvmError("fstat", error.errno or errno.EIO) from None
             size, mode, blocks = stat.st_size, stat.st_mode, stat.st_blocks
             return {
                 "size": size,
@@ -123,8 +127,10 @@ class FileCalls:
         """Map with any protection and flags; anonymous memory for `fd` -1."""
         file = self._simulated(fd)
         if file is not None:
-            if offset & 0xFFF:
+            if offset & 0xFFF or not length:
                 raise KvmError("mmap", errno.EINVAL)
+            if length > _TASK_SIZE:
+                raise KvmError("mmap", errno.ENOMEM)  # an address range is looked for before the file is asked
             self._check_mmap(file, prot, flags)
         address = _mmap(None, length, prot, flags, fd, offset)
         if address is None or address == _MAP_FAILED:

@@ -28,6 +28,7 @@ from sim_backend.kvm_recording import (
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kernel import IoctlArg, Kernel, KernelMapping
 
+_NEVER_OPEN: Final = 0x7FFF_FFFF  # a descriptor
 UNTOUCHED: Final = 0xEEEE_EEEE
 WATCHDOG_S: Final = 3.0  # a guest that never exits is interrupted after this time [s]
 _POINTERS: Final = {"null": 0, "bad": 1, "kernel": 0xFFFF_8880_0000_0000}
@@ -52,7 +53,10 @@ class Player:
     """One process's view of a kernel while a scenario runs."""
 
     def __init__(self, kernel: Kernel, *, watchdog_s: float = WATCHDOG_S, slowness: float = 1.0) -> None:
-        """Play on `kernel`, whose guests take `slowness` times as long as those that were recorded."""
+        """Play on `kernel`, whose guests take `slowness` times as long as those that were recorded.
+
+        Guests that the recording interrupted, as they never exit, are interrupted after `watchdog_s` already.
+        """
         self._kernel: Final = kernel
         self._files: Final = FileCalls(kernel)
         self._watchdog_s: Final = watchdog_s
@@ -116,10 +120,14 @@ class Player:
         if name.startswith("hva:"):
             buffer, _, offset = name.removeprefix("hva:").partition("+")
             return self._buffers[buffer].address + (int(offset, 0) if offset else 0)
-        return self._fds[name]
+        return self._number_of(name)
 
     def _fd(self, record: Record) -> int:
-        return self._fds[record["obj"]]
+        return self._number_of(record["obj"])
+
+    def _number_of(self, name: str) -> int:
+        """Return the descriptor of an object; once closed, a number that nothing in this process takes over."""
+        return _NEVER_OPEN if name in self._closed else self._fds[name]
 
     def _name(self, kind: str, fd: int) -> str:
         index = self._counts.get(kind, 0)
@@ -303,7 +311,8 @@ class Player:
         memory = mapping.memory
         _prepare(memory, argument)
         answer: dict[str, Any]
-        with self._interruption(memory, argument):
+        watchdog_s = self._watchdog_s if record.get("watchdog") else WATCHDOG_S
+        with self._interruption(memory, argument, watchdog_s):
             try:
                 answer = {"ret": self._call(self._fd(record), _KVM_RUN, 0)}
             except KvmError as error:
@@ -318,9 +327,9 @@ class Player:
         return answer
 
     @contextmanager
-    def _interruption(self, memory: memoryview, argument: Mapping[str, Any]) -> Iterator[None]:
+    def _interruption(self, memory: memoryview, argument: Mapping[str, Any], watchdog_s: float) -> Iterator[None]:
         """Interrupt the run after the recorded time, or by the watchdog."""
-        delay_s = self._watchdog_s
+        delay_s = watchdog_s
         if "signal_after_ms" in argument:
             delay_s = number(argument["signal_after_ms"]) * self._signal_unit_s
         if threading.current_thread() is threading.main_thread():

@@ -25,8 +25,12 @@ SUBCOMMANDS: Final = {
     "measure": ("tdxhw.commands.measure:measure", "Predict the MRTD of a TDVF firmware image."),
     "doctor": ("tdxhw.lab.doctor.cli:doctor", "Say whether this host is ready to run TDs."),
     "lab": ("tdxhw.lab.cli:lab", "Show and check the lab's hosts."),
+    "abi": ("tdxhw.abi.cli:abi", "Say whether a kernel build can run TDs, without booting it."),
+    "validate": ("tdxhw.validate.cli:validate", "Try a kernel build on a lab host, and say whether it is good."),
+    "bisect": ("tdxhw.bisect.cli:bisect", "Find the commit that broke a kernel, with validations on a lab host."),
     "compare": ("tdxhw.report.cli:compare", "Say what became better, worse and flaky between two runs."),
     "report": ("tdxhw.report.cli:report", "Turn results into JUnit, KTAP, TAP, KCIDB, HTML and more."),
+    "history": ("tdxhw.history.cli:history", "Keep the results of all runs, and ask about them."),
 }
 """A further subcommand is one line here and a click command somewhere."""
 
@@ -65,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = cli.main(args=argv, prog_name="tdxhw", standalone_mode=False)
     except HarnessError as error:
         click.echo(f"tdxhw: {error}", err=True)
-        return EXIT_CANNOT_RUN
+        return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return EXIT_CANNOT_RUN
     except click.UsageError as error:
         context = error.ctx.command_path if error.ctx else "tdxhw"
         click.echo(f"tdxhw: {error.format_message()} (see `{context} --help`)", err=True)
-        return EXIT_CANNOT_RUN
+        return error.exit_code
     except click.ClickException as error:
         click.echo(f"tdxhw: {error.format_message()}", err=True)
         return EXIT_CANNOT_RUN

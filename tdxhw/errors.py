@@ -19,10 +19,14 @@ A failed ioctl is neither: it stays a `uapi_ctypes.errors.KvmError`.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
 
 class HarnessError(Exception):
     """The run could not be done. The message is one line and says what to do."""
+
+    exit_code: ClassVar[int] = 2
+    """The process's, if nobody handles it."""
 
 
 class BackendUnavailable(HarnessError):  # noqa: N818

@@ -22,6 +22,15 @@ need qemu-system-x86 qemu-system-x86_64
 need qemu-utils qemu-img
 need mmdebstrap mmdebstrap
 need e2fsprogs mke2fs
+need openipmi ipmi_sim
+need ipmitool ipmitool
+need openssl openssl
+need bpftool bpftool
+need dwarves pahole
+need gcc cc
+# Its server is not on anybody's PATH.
+set -- /usr/lib/postgresql/*/bin/initdb
+[ -x "$1" ] || missing="$missing postgresql"
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 
 if [ "$(id -u)" != 0 ]; then

@@ -16,4 +16,4 @@ if ! "$PYTHON" -c 'import ensurepip' 2>/dev/null; then
 fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable '.[sim,lab,dev]'
+    --constraint constraints.txt --editable '.[sim,lab,validate,dev]'

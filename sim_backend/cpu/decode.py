@@ -31,7 +31,7 @@ _IMM8_0F: Final = frozenset([0x0F, *range(0x70, 0x74), 0xA4, 0xAC, 0xBA, 0xC2, 0
 _VEX_OK: Final = frozenset([(2, 0xF2), (2, 0xF3), (2, 0xF5), (2, 0xF6), (2, 0xF7), (3, 0xF0)])
 
 # A block without any of these bytes holds nothing that TCG executes wrongly.
-_SUSPECT: Final = re.compile(rb"[\xc4\xc5\x62\x8f]|\x0f\xae|\x0f\x78|\x0f\x79", re.DOTALL)
+_SUSPECT: Final = re.compile(rb"[\xc4\xc5\x62\x8f\xf0]|\x0f\xae|\x0f\x78|\x0f\x79", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +173,23 @@ def find_misexecuted(block: bytes, *, long_mode: bool, default_32: bool) -> tupl
     return None
 
 
+_ANY_MODRM: Final = frozenset(range(8))
+_LOCKABLE: Final = {  # opcode to the values of ModRM.reg; the destination must be memory
+    **dict.fromkeys((row | form for row in range(0, 0x38, 8) for form in (0, 1)), _ANY_MODRM),
+    **dict.fromkeys((0x80, 0x81, 0x82, 0x83), frozenset(range(7))),
+    **dict.fromkeys((0x86, 0x87, 0x0FAB, 0x0FB0, 0x0FB1, 0x0FB3, 0x0FBB, 0x0FC0, 0x0FC1), _ANY_MODRM),
+    **dict.fromkeys((0xF6, 0xF7), frozenset({2, 3})),
+    **dict.fromkeys((0xFE, 0xFF), frozenset({0, 1})),
+    0x0FBA: frozenset({5, 6, 7}),
+    0x0FC7: frozenset({1}),
+}
+
+
 def is_misexecuted(instruction: Instruction) -> bool:
-    """Tell whether TCG gives a wrong result for a valid instruction instead of #UD."""
+    """Tell whether TCG gives a wrong result for a valid instruction, or none of the #UD that a LOCK prefix makes."""
+    if 0xF0 in instruction.prefixes:
+        allowed = _LOCKABLE.get(instruction.opcode, ())
+        return instruction.modrm >= 0xC0 or instruction.modrm >> 3 & 7 not in allowed
     if instruction.encoding:
         opcode_map = {0x0F: 1, 0x0F38: 2, 0x0F3A: 3}.get(instruction.opcode >> 8, 0)
         return instruction.encoding != "VEX" or (opcode_map, instruction.opcode & 0xFF) not in _VEX_OK

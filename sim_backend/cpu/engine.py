@@ -5,74 +5,11 @@ decides how the instructions run; it must end in a clear stop, never in a wrong 
 """
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Protocol
 
 from sim_backend.cpu.virtual_apic import VirtualApic
 from sim_backend.hw.gprs import Gprs
-
-
-class ExitReason(IntEnum):
-    """Basic VM-exit reasons (Intel SDM Vol. 3, Appendix C) that an engine or the model raises."""
-
-    EXCEPTION_OR_NMI = 0
-    EXTERNAL_INTERRUPT = 1
-    TRIPLE_FAULT = 2
-    INIT = 3
-    SIPI = 4
-    OTHER_SMI = 6
-    INTERRUPT_WINDOW = 7
-    NMI_WINDOW = 8
-    TASK_SWITCH = 9
-    CPUID = 10
-    GETSEC = 11
-    HLT = 12
-    INVD = 13
-    INVLPG = 14
-    RDPMC = 15
-    RDTSC = 16
-    RSM = 17
-    VMCALL = 18
-    VMCLEAR = 19
-    VMLAUNCH = 20
-    VMPTRLD = 21
-    VMPTRST = 22
-    VMREAD = 23
-    VMRESUME = 24
-    VMWRITE = 25
-    VMXOFF = 26
-    VMXON = 27
-    CR_ACCESS = 28
-    DR_ACCESS = 29
-    IO_INSTRUCTION = 30
-    MSR_READ = 31
-    MSR_WRITE = 32
-    FAILED_ENTRY_GUEST_STATE = 33
-    MWAIT = 36
-    MONITOR_TRAP_FLAG = 37
-    MONITOR = 39
-    PAUSE = 40
-    FAILED_ENTRY_MACHINE_CHECK = 41
-    C_STATE_SMI = 42
-    EPT_VIOLATION = 48
-    EPT_MISCONFIGURATION = 49
-    INVEPT = 50
-    RDTSCP = 51
-    INVVPID = 53
-    WBINVD = 54
-    XSETBV = 55
-    APIC_WRITE = 56
-    INVPCID = 58
-    VMFUNC = 59
-    ENCLS = 60
-    PCONFIG = 65
-    ENCLV = 70
-    ENQCMD = 72
-    ENQCMDS = 73
-    BUS_LOCK = 74
-    NOTIFY = 75
-    SEAMCALL = 76
-    TDCALL = 77
+from uapi_ctypes.vmx import ExitReason as ExitReason  # part of this vocabulary
 
 
 @dataclass(slots=True)
@@ -87,6 +24,8 @@ class VmExit:
     interruption_error: int = 0
     instruction_length: int = 0  # [bytes]
     instruction_info: int = 0
+    vectoring_info: int = 0  # of the event in whose delivery an EPT violation came; whoever handles that clears it
+    vectoring_error: int = 0
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """The host's timer: ends long runs, so that Python's signal handlers and other threads get their turn."""
 
 import os
+import signal
 import threading
 import time
 import weakref
@@ -50,8 +51,13 @@ class Ticker:
         if self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._tick, name="tdxhw-ticker", daemon=True)
-                    self._thread.start()
+                    # Signals are for the threads that user space has: ours is born with all of them blocked.
+                    outside = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                    try:
+                        self._thread = threading.Thread(target=self._tick, name="tdxhw-ticker", daemon=True)
+                        self._thread.start()
+                    finally:
+                        signal.pthread_sigmask(signal.SIG_SETMASK, outside)
         self._event.set()
 
     def forked(self) -> None:
@@ -62,7 +68,7 @@ class Ticker:
         self._thread = None
 
     def _tick(self) -> None:
-        seen: dict[int, int] = {}
+        seen: weakref.WeakKeyDictionary[Runner, int] = weakref.WeakKeyDictionary()
         idle = 0
         while True:
             time.sleep(_TICK_S)
@@ -73,9 +79,9 @@ class Ticker:
                     if not runner.running:
                         continue
                     busy = True
-                    if seen.get(id(runner)) == count:
+                    if seen.get(runner) == count:
                         runner.kick()
-                    seen[id(runner)] = count
+                    seen[runner] = count
             idle = 0 if busy else idle + 1
             if idle >= _IDLE_TICKS:
                 self._event.clear()

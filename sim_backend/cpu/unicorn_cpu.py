@@ -1,5 +1,6 @@
 """One virtual CPU on Unicorn: the run loop, the hooks, and the architectural state."""
 
+import ctypes
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu import events
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _UD: Final = u.EXIT_EXCEPTION + events.UD
 _TDCALL: Final = b"\x66\x0f\x01\xcc"
+_TDCALL_EXIT: Final = int(ExitReason.TDCALL)
 _Q_RIP: Final = u.ENV_RIP >> 3
 _Q_EFLAGS: Final = u.ENV_EFLAGS >> 3
 _Q_CR: Final = u.ENV_CR >> 3
@@ -63,6 +65,7 @@ class UnicornCpu:
     def __init__(self, engine: "UnicornEngine", instance: UnicornInstance) -> None:
         self.instance = instance
         self.quads = instance.quads
+        self._gpr_quads = instance.quads[:16]
         self._closed = False
         self._engine = engine
         self._memory = engine.memory
@@ -90,6 +93,7 @@ class UnicornCpu:
         self._fetch_pages: dict[int, int] = {}  # linear page to HPA
         self._code_pages: set[int] = set()  # HPAs of pages that may have translated code
         self._user_pages = UserPages()
+        self._user_code: dict[int, tuple[int, bytes]] = {}  # HPA of a code page in a window to its address and bytes
         self._kicked = False
         self._stopped_to_look = False  # uc_emu_stop was called so that `virtual_apic` is looked at
         self._pending: Event | None = None
@@ -115,10 +119,13 @@ class UnicornCpu:
             instance = self.instance
             quads = self.quads
             apic = self.virtual_apic
-            self._adopt_second_level()
+            if self._paging.second_level is not self.second_level:
+                self._adopt_second_level()
             u.GPRS.pack_into(instance.buffer, 0, *self.gprs)
-            if self._user_pages:
+            if self._user_pages.pages:
                 self._revalidate_user_pages()
+            if self._user_code:
+                self._revalidate_user_code()
             try:
                 while True:
                     if self._kicked:
@@ -132,7 +139,7 @@ class UnicornCpu:
                     self.rip = quads[_Q_RIP]
                     index = instance.exception_index.value
                     if index == _UD and self.code(4) == _TDCALL:
-                        return self.leave(ExitReason.TDCALL, length=4)
+                        return self.leave(_TDCALL_EXIT, 0, 4)
                     if self._error is not None:
                         error, self._error = self._error, None
                         instance.flush_code()  # or the refused block would run next time
@@ -161,12 +168,11 @@ class UnicornCpu:
             self.rip = self.io_rip
         self._fault = None
         self._unmapped_window = -1
-        self.gprs[:] = quads[:16].tolist()
+        self.gprs[:] = self._gpr_quads.tolist()
 
     def _adopt_second_level(self) -> None:
-        if self._paging.second_level is not self.second_level:
-            self._paging.second_level = self.second_level
-            self.invalidate()
+        self._paging.second_level = self.second_level
+        self.invalidate()
 
     def leave(self, reason: int, qualification: int = 0, length: int = 0) -> VmExit:
         """Write the exit and make `gprs` valid."""
@@ -175,7 +181,7 @@ class UnicornCpu:
         exit_.qualification = qualification
         exit_.instruction_length = length
         exit_.interruption_info = 0
-        self.gprs[:] = self.quads[:16].tolist()
+        self.gprs[:] = self._gpr_quads.tolist()
         return exit_
 
     def kick(self) -> None:
@@ -268,6 +274,10 @@ class UnicornCpu:
             self.leave(ExitReason.EPT_VIOLATION, violation.qualification)
             self.exit.gpa = violation.gpa
             self.exit.gla = 0
+            self.exit.vectoring_info = event.vector | event.kind << 8 | _VALID
+            if event.error_code is not None:
+                self.exit.vectoring_info |= 1 << 11
+                self.exit.vectoring_error = event.error_code
             return True
         instance.hflags.value &= ~u.HF_INHIBIT_IRQ
         u.GPRS.pack_into(instance.buffer, 0, *self.gprs)
@@ -413,14 +423,19 @@ class UnicornCpu:
         """Forget code translated from these host pages: somebody else wrote there."""
         pages = self._code_pages
         if pages and any(page in pages for page in range(hpa & ~0xFFF, hpa + length, 4096)):
-            self.instance.flush_code()
-            pages.clear()
-            # A page whose code is forgotten must pass through the hook again to be noted again.
-            self._flush_tlb()
+            self._forget_code()
+
+    def _forget_code(self) -> None:
+        self.instance.flush_code()
+        self._code_pages.clear()
+        self._user_code.clear()
+        # A page whose code is forgotten must pass through the hook again to be noted again.
+        self._flush_tlb()
 
     def read_linear(self, gla: int, length: int) -> bytes:
         """Read guest memory through both levels of paging, for diagnostics; raise ``LookupError``."""
-        self._adopt_second_level()
+        if self._paging.second_level is not self.second_level:
+            self._adopt_second_level()
         cr2 = self.quads[_Q_CR + 2]
         try:
             return self.read_supervisor(gla, length)
@@ -461,7 +476,7 @@ class UnicornCpu:
     def code(self, length: int) -> bytes:
         """Return up to `length` bytes of the instruction at RIP: fewer where the next page is not there."""
         linear = self.quads[_Q_CS_BASE] + self.rip
-        if not self.instance.hflags.value & u.HF_CS64:
+        if linear > 0xFFFF_FFFF and not self.instance.hflags.value & u.HF_CS64:
             linear &= 0xFFFF_FFFF
         offset = linear & 0xFFF
         hpa = self._fetch_pages.get(linear - offset)
@@ -490,8 +505,10 @@ class UnicornCpu:
         TICKER.forget(self)  # and with that, nobody stops it any more
         self._paging.ept.clear()
         self._code_pages.clear()
+        self._user_code.clear()
         self._engine.give_back(self.instance)
         self.quads = self.instance.quads
+        self._gpr_quads = self.quads[:16]
 
     # ---- Windows onto user memory ----
 
@@ -502,6 +519,14 @@ class UnicornCpu:
         """Forget translations to user pages that are no longer there, before TCG touches them."""
         if not self._user_pages.all_there():
             self._flush_tlb()
+
+    def _revalidate_user_code(self) -> None:
+        """Forget translated code when user space wrote to its page, as it may between two runs without telling."""
+        there = self._user_pages
+        for pointer, code in self._user_code.values():
+            if pointer not in there or ctypes.string_at(pointer, 0x1000) != code:
+                self._forget_code()
+                return
 
     # ---- Hooks: called from inside uc_emu_start; nothing may escape ----
 
@@ -523,6 +548,10 @@ class UnicornCpu:
             if access == FETCH:
                 self._fetch_pages[gla] = hpa
                 self._code_pages.add(hpa)
+                if hpa >= self._ram_bytes and hpa not in self._user_code:
+                    pointer = self._engine.window_pointer(self.instance, hpa)
+                    if pointer is not None:
+                        self._user_code[hpa] = (pointer, ctypes.string_at(pointer, 0x1000))
                 permissions = page & (READ | FETCH)
             else:
                 permissions = page & (READ | WRITE)
@@ -572,7 +601,11 @@ class UnicornCpu:
         if found is not None:
             offset, instruction = found
             rip = pc + offset - self.quads[_Q_CS_BASE]
-            name = f"a {instruction.encoding}-encoded instruction" if instruction.encoding else "WAITPKG/SSE4a"
+            name = "WAITPKG/SSE4a"
+            if instruction.encoding:
+                name = f"a {instruction.encoding}-encoded instruction"
+            elif 0xF0 in instruction.prefixes:
+                name = "a LOCK prefix where none is allowed"
             self._error = UnsupportedInstruction(rip, code[offset : offset + instruction.length], name)
             u.uc_emu_stop(self.instance.handle)
 

@@ -33,6 +33,7 @@ _MSR_FMASK: Final = 0xC000_0084
 _MSR_STAR: Final = 0xC000_0081
 _MSR_SYSENTER_CS: Final = 0x174
 _DR6_BS: Final = 1 << 14
+_DR7_BREAKPOINTS: Final = 0x20FF  # L0 to G3, and GD
 
 
 # ---- Instructions that TCG does not know ----
@@ -320,7 +321,7 @@ def _read_cr8(cpu: "UnicornCpu") -> bool:
 
 
 def _debug_register(cpu: "UnicornCpu") -> bool:
-    """MOV to and from DRn: kept, but breakpoints do not fire (which `docs/model.md` says)."""
+    """MOV to and from DRn: kept. Raise ``UnsupportedInstruction`` for a DR7 with breakpoints, which could not fire."""
     instruction = cpu.instruction()
     if instruction is None:
         return cpu.raise_exception(events.UD)
@@ -337,6 +338,8 @@ def _debug_register(cpu: "UnicornCpu") -> bool:
     if index >= 6:
         if wide and value >> 32:
             return cpu.raise_exception(events.GP)
+        if index == 7 and value & _DR7_BREAKPOINTS:
+            raise UnsupportedInstruction(cpu.rip, cpu.code(instruction.length), f"breakpoints (DR7 = {value:#x})")
         value = value & 0xE00F | 0xFFFF_0FF0 if index == 6 else value & 0xFFFF_2FFF | 0x400
     cpu.dr[slot] = value if wide else value & 0xFFFF_FFFF
     return _skip(cpu, instruction.length)

@@ -92,6 +92,9 @@ class UnicornInstance:
         self._check("exits", u.uc_ctl(self.handle, u.CTL_USE_EXITS, 1, 0))
         self.map(_VMCB, 4 * 4096, _PRIVATE)
         cpu, env = locate_cpu(self.handle)
+        # Otherwise every load and store looks for a stop request, and a stop between the store of ADD [m], r and
+        # its end makes it execute twice, because RIP is still there.
+        ctypes.c_bool.from_address(self.handle + u.UC_NO_EXIT_REQUEST).value = True
         self._look_at(cpu, env, self.handle)
         self.client: HookClient | None = None
         self._callbacks = self._add_hooks()

@@ -15,6 +15,8 @@ UNICORN_VERSION: Final = "2.1.4"
 # ---- Offsets into uc_struct, CPUState and CPUX86State [bytes] ----
 UC_CPU: Final = 0x1B8
 UC_INVALID_ADDRESS: Final = 0x588
+UC_CONTEXT_SIZE: Final = 0x7E0  # of the CPU state
+UC_NO_EXIT_REQUEST: Final = 0x7F2  # a stop request is looked at between blocks only; before it two flags, after it one
 CPU_ENV: Final = 0x128
 CPU_INTERRUPT_REQUEST: Final = 0x1C
 CPU_EXCEPTION_INDEX: Final = 0x81A0

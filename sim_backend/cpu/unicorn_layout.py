@@ -60,6 +60,8 @@ def _verify_once(handle: int) -> None:
         (cpu,) = struct.unpack("<Q", _read_own_memory(handle + u.UC_CPU, 8))
         (env,) = struct.unpack("<Q", _read_own_memory(cpu + u.CPU_ENV, 8))
         state = _read_own_memory(env, _COMPARED)
+        (context_size,) = struct.unpack("<I", _read_own_memory(handle + u.UC_CONTEXT_SIZE, 4))
+        flags = _read_own_memory(handle + u.UC_NO_EXIT_REQUEST - 2, 4)
     except OSError as error:
         raise EngineSelfTestError(f"Unicorn's CPU state is not where version {u.UNICORN_VERSION} has it") from error
     context = ctypes.c_void_p()
@@ -74,6 +76,8 @@ def _verify_once(handle: int) -> None:
     common = min(len(saved), len(state))
     if common < u.ENV_INTERCEPT_EXCEPTIONS + 4 or saved[:common] != state[:common]:
         raise EngineSelfTestError(f"Unicorn's CPU state is not laid out as in version {u.UNICORN_VERSION}")
+    if context_size != u.ENV_SIZE or max(flags) > 1 or flags[2:] != b"\0\1":
+        raise EngineSelfTestError(f"Unicorn's engine state is not laid out as in version {u.UNICORN_VERSION}")
     done.append(True)
 
 

@@ -30,6 +30,15 @@ class _Flat:
         return False
 
 
+class _KicksAtEveryWalk(_Flat):
+    def __init__(self, cpu: UnicornCpu) -> None:
+        self._cpu = cpu
+
+    def walk(self, gpa: int) -> int:
+        self._cpu.kick()
+        return super().walk(gpa)
+
+
 class _NativeMsrs:
     def exits(self, msr: int, write: bool) -> bool:  # noqa: ARG002
         return False
@@ -99,6 +108,7 @@ def self_test(cpu: UnicornCpu, write: Callable[[int, bytes], None]) -> None:
             )
     cpu.request_interrupt_window(wanted=False)
     _refuses_vex(cpu, write)
+    _stops_between_blocks(cpu, write)
 
 
 def _refuses_vex(cpu: UnicornCpu, write: Callable[[int, bytes], None]) -> None:
@@ -111,6 +121,20 @@ def _refuses_vex(cpu: UnicornCpu, write: Callable[[int, bytes], None]) -> None:
         except UnsupportedInstruction:
             continue
         raise EngineSelfTestError("Unicorn self-test: a VEX-encoded instruction was executed")
+
+
+def _stops_between_blocks(cpu: UnicornCpu, write: Callable[[int, bytes], None]) -> None:
+    """Kick the guest at every memory access: a run must not end in the middle of the instruction."""
+    prepare(cpu, write)
+    _start(cpu, write, bytes.fromhex("eb00 ffc0 ff042500900000 eb00 f4"))  # INC EAX; INC dword [0x9000]
+    cpu.second_level = _KicksAtEveryWalk(cpu)
+    for _ in range(20):
+        exit_ = cpu.run()
+        if cpu.rip not in (_CODE, _CODE + 2, _CODE + 11, _CODE + 13):
+            raise EngineSelfTestError(f"Unicorn self-test: a stop request ended a block at RIP {cpu.rip:#x}")
+        if exit_.reason == ExitReason.HLT:
+            return
+    raise EngineSelfTestError("Unicorn self-test: a guest that is stopped again and again never ends")
 
 
 def _start(cpu: UnicornCpu, write: Callable[[int, bytes], None], code: bytes) -> None:

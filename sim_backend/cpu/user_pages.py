@@ -62,30 +62,30 @@ def _all_readable(pages: "ctypes.Array[_Iovec]", count: int) -> bool:
 
 
 class UserPages:
-    """The user pages that a TLB may hold."""
+    """The user pages that a TLB may hold: `pages`, by HVA."""
 
-    __slots__ = ("_pages", "_vector")
+    __slots__ = ("_vector", "pages")
 
     def __init__(self) -> None:
-        self._pages: set[int] = set()
+        self.pages: set[int] = set()
         self._vector: ctypes.Array[_Iovec] | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._pages)
+    def __contains__(self, hva: int) -> bool:
+        return hva in self.pages
 
     def add(self, hva: int) -> None:
         """Note the page at `hva`."""
-        if hva not in self._pages:
-            self._pages.add(hva)
+        if hva not in self.pages:
+            self.pages.add(hva)
             self._vector = None
 
     def clear(self) -> None:
         """Forget all pages."""
-        self._pages.clear()
+        self.pages.clear()
         self._vector = None
 
     def all_there(self) -> bool:
         """Tell whether every page can still be read."""
         if self._vector is None:
-            self._vector = (_Iovec * len(self._pages))(*[_Iovec(hva, 1) for hva in self._pages])
-        return _all_readable(self._vector, len(self._pages))
+            self._vector = (_Iovec * len(self.pages))(*[_Iovec(hva, 1) for hva in self.pages])
+        return _all_readable(self._vector, len(self.pages))

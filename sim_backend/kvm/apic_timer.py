@@ -56,6 +56,7 @@ class ApicTimer:
     def expire(self, now_ns: int) -> None:
         """Fire when it is due at `now_ns` (vCPU's thread)."""
         if not self.expires_ns or now_ns < self.expires_ns:
+            self._apic.vcpu.timer_armed(self.expires_ns)
             return
         period = self._period_ns()
         if self._mode() == _PERIODIC and period:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.host_pages import OutOfMemory
+from sim_backend.kvm.signals import SIGNALS
 
 if TYPE_CHECKING:
     from sim_backend.hw.memory import Window
@@ -26,9 +27,9 @@ GUEST_MEMFD_FLAG_MMAP: Final = 1
 GUEST_MEMFD_FLAG_INIT_SHARED: Final = 2
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
-_FALLOC_MOVES: Final = 0x28  # FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE
-_FALLOC_MODES: Final = (0, FALLOC_FL_PUNCH_HOLE, 0x08, 0x10, 0x20, 0x40)
-"""What vfs_fallocate() hands to a file system: one of allocate, punch, collapse, zero, insert, unshare."""
+_FALLOC_WITHOUT_KEEP_SIZE: Final = 0xA8  # FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_WRITE_ZEROES
+_FALLOC_MODES: Final = (0, FALLOC_FL_PUNCH_HOLE, 0x08, 0x10, 0x20, 0x40, 0x80)
+"""What vfs_fallocate() hands on: one of allocate, punch, collapse, zero, insert, unshare, write zeroes."""
 EHWPOISON: Final = 133  # absent from Python's errno
 _S64_MAX: Final = (1 << 63) - 1
 
@@ -44,6 +45,7 @@ class GuestMemfd:
         self.fd: Final = os.memfd_create("kvm-gmem", 0)
         self.bindings: list[Memslot] = []  # slots that map some of this file (vm.slots_lock)
         self.poisoned: set[int] = set()  # page indexes that answer EHWPOISON
+        self.prepared: set[int] = set()  # page indexes that KVM_TDX_INIT_MEM_REGION filled (folio_test_uptodate)
         self._lock: Final = threading.Lock()
         self._pages: dict[int, int] = {}  # page index -> HPA, private-only files
         self._map: mmap.mmap | None = None
@@ -91,7 +93,7 @@ class GuestMemfd:
         if mode & ~FALLOC_FL_KEEP_SIZE not in _FALLOC_MODES:
             raise Errno(errno.EOPNOTSUPP)
         keep_size = mode & FALLOC_FL_KEEP_SIZE
-        if (mode & FALLOC_FL_PUNCH_HOLE and not keep_size) or (mode & _FALLOC_MOVES and keep_size):
+        if (mode & FALLOC_FL_PUNCH_HOLE and not keep_size) or (mode & _FALLOC_WITHOUT_KEEP_SIZE and keep_size):
             raise Errno(errno.EOPNOTSUPP)
         if offset + length > _S64_MAX:
             raise Errno(errno.EFBIG)
@@ -107,7 +109,10 @@ class GuestMemfd:
         if offset + length > self.size:
             raise Errno(errno.EINVAL)
         if self.private_only:
+            signals = SIGNALS.mark()
             for index in range(start, end):
+                if SIGNALS.since(signals):
+                    raise Errno(errno.EINTR)
                 self.get_page(index)
         else:
             os.posix_fallocate(self.fd, offset, length)
@@ -124,6 +129,8 @@ class GuestMemfd:
             if span > 0:
                 self._mapping().madvise(mmap.MADV_REMOVE, start << 12, span)
             return
+        if self.prepared:
+            self.prepared = {index for index in self.prepared if not start <= index < end}
         with self._lock:
             pages = self._pages
             if end - start > len(pages):

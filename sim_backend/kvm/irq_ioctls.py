@@ -122,7 +122,7 @@ class IrqIoctls:
                 raise Errno(errno.EEXIST)
             if vm.irqchip is None or vm.irqchip.split:
                 raise Errno(errno.ENOENT)
-            vm.pit = Pit(flags)
+            vm.pit = vm.io_bus.pit = Pit(vm, flags)
         return 0
 
     def get_pit2(self, argp: int) -> int:

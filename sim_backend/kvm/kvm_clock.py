@@ -21,7 +21,6 @@ class KvmClockIoctls:
 
     def __init__(self, vm: "Vm") -> None:
         self._vm: Final = vm
-        self._offset_ns = -time.monotonic_ns()
 
     def get_clock(self, argp: int) -> int:
         """KVM_GET_CLOCK."""
@@ -30,7 +29,7 @@ class KvmClockIoctls:
         flags = profile.clock_flags
         realtime = time.time_ns() if flags & KVM_CLOCK_REALTIME else 0
         host_tsc = now * profile.tsc_khz // 1_000_000 if flags & KVM_CLOCK_HOST_TSC else 0
-        self._vm.mm.write(argp, _CLOCK.pack(now + self._offset_ns, flags, 0, realtime, host_tsc))
+        self._vm.mm.write(argp, _CLOCK.pack(now + self._vm.clock_offset_ns, flags, 0, realtime, host_tsc))
         return 0
 
     def set_clock(self, argp: int) -> int:
@@ -40,5 +39,5 @@ class KvmClockIoctls:
             raise Errno(errno.EINVAL)
         if flags & KVM_CLOCK_REALTIME:
             clock += max(time.time_ns() - realtime, 0)
-        self._offset_ns = clock - time.monotonic_ns()
+        self._vm.clock_offset_ns = clock - time.monotonic_ns()
         return 0

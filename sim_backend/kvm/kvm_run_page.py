@@ -30,14 +30,17 @@ KVM_DIRTY_REGS: Final = 296 // 8  # u64
 SYNC_REGS: Final = 304  # [bytes]
 
 
+DIRTY_LOG_OFFSET: Final = 64 << 12  # [bytes] of the mapping, KVM_DIRTY_LOG_PAGE_OFFSET: the dirty ring, ever empty
+
+
 class KvmRunPage:
     """A vCPU's memfd and our own mapping of it, under four views. User space maps the same file natively."""
 
     __slots__ = ("_map", "fd", "u8", "u16", "u32", "u64")
 
-    def __init__(self) -> None:
+    def __init__(self, dirty_ring_bytes: int = 0) -> None:
         self.fd = os.memfd_create("kvm-vcpu", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, RUN_BYTES)
+        os.ftruncate(self.fd, DIRTY_LOG_OFFSET + dirty_ring_bytes if dirty_ring_bytes else RUN_BYTES)
         self._map = mmap.mmap(self.fd, RUN_BYTES)
         self.u8 = memoryview(self._map)
         self.u16 = self.u8.cast("H")

@@ -60,6 +60,7 @@ LVT_MASKED: Final = 1 << 16
 SPIV_ENABLED: Final = 1 << 8
 SPIV_DIRECTED_EOI: Final = 1 << 12
 _VERSION: Final = 0x14
+_LVT_WITHOUT_CMCI: Final = 6
 _LVT_WRITABLE: Final = {
     LVTT: 0x0000_00FF | LVT_MASKED | 3 << 17,
     LVTTHMR: 0x0000_07FF | LVT_MASKED,
@@ -96,7 +97,7 @@ class LocalApic:
         self.sipi_pending = False
         self.timer: Final = ApicTimer(self)
         self._lock: Final = threading.Lock()
-        self.nr_lvt = 6
+        self.nr_lvt = _LVT_WITHOUT_CMCI
         self.reset()
 
     # ---- modes ------------------------------------------------------------------------------------------
@@ -128,7 +129,9 @@ class LocalApic:
         regs[ID] = (self.vcpu.id & 0xFF) << 24
         for lvt in (LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR):
             regs[lvt] = LVT_MASKED
-        if self.vcpu.id == 0 and not self.vcpu.vm.disabled_quirks & 1:
+        if self.nr_lvt > _LVT_WITHOUT_CMCI:
+            regs[LVTCMCI] = LVT_MASKED
+        if self.vcpu.is_bsp and not self.vcpu.vm.disabled_quirks & 1:
             regs[LVT0] = MODE_EXTINT << 8  # KVM_X86_QUIRK_LINT0_REENABLED
         self.set_version()
         regs[DFR] = _U32
@@ -141,6 +144,15 @@ class LocalApic:
         """Fill the version register in: EOI broadcasts can be suppressed where the IOAPIC is user space's."""
         directed_eoi = self.vcpu.cpuid.has_x2apic and self.vcpu.vm.has_split_irqchip()
         self.regs[LVR] = _VERSION | (self.nr_lvt - 1) << 16 | (1 << 24 if directed_eoi else 0)
+
+    def set_cmci(self, offered: bool) -> None:
+        """Have the LVT entry of corrected machine checks, masked, or not (kvm_apic_after_set_mcg_cap)."""
+        if offered == (self.nr_lvt > _LVT_WITHOUT_CMCI):
+            return
+        if offered:
+            self.regs[LVTCMCI] = LVT_MASKED
+        self.nr_lvt = _LVT_WITHOUT_CMCI + offered
+        self.set_version()
 
     def set_base(self, value: int) -> None:
         """Take a new, already checked IA32_APIC_BASE."""
@@ -188,6 +200,8 @@ class LocalApic:
                     self.tmr ^= bit
             vcpu.vm.ops.deliver_interrupt(vcpu, vector)
             return 1
+        if mode == MODE_SMI:
+            return int(vcpu.queue_smi())
         if mode == MODE_NMI:
             vcpu.queue_nmi()
             return 1
@@ -256,13 +270,13 @@ class LocalApic:
     def accepts_extint(self) -> bool:
         """Tell whether LVT0 lets the 8259 pair, or KVM_INTERRUPT with a split irqchip, through."""
         entry = self.regs[LVT0]
-        return not self.hw_enabled or (not entry & LVT_MASKED and entry >> 8 & 7 == MODE_EXTINT)
+        return not self.base & APIC_BASE_ENABLE or (not entry & LVT_MASKED and entry >> 8 & 7 == MODE_EXTINT)
 
     # ---- registers --------------------------------------------------------------------------------------
 
     def read(self, register: int) -> int | None:
         """Return a register by number, or None where there is none to read in the current mode."""
-        if register == LVTCMCI and self.nr_lvt < 7:
+        if register == LVTCMCI and self.nr_lvt == _LVT_WITHOUT_CMCI:
             return None
         if register not in _READABLE and (self.x2apic or register not in _XAPIC_ONLY):
             return None
@@ -284,7 +298,7 @@ class LocalApic:
         """Write a register by number; False where it cannot be written in the current mode."""
         regs = self.regs
         if register in _LVT_WRITABLE:
-            if register == LVTCMCI and self.nr_lvt < 7:
+            if register == LVTCMCI and self.nr_lvt == _LVT_WITHOUT_CMCI:
                 return False
             if not self.sw_enabled:
                 value |= LVT_MASKED
@@ -370,6 +384,7 @@ class LocalApic:
         if self.x2apic:
             given = words[ID] if self.vcpu.vm.x2apic_32bit_ids else words[ID] >> 24
             if given != (self.vcpu.id if self.vcpu.vm.x2apic_32bit_ids else self.vcpu.id & 0xFF):
+                self.regs[SPIV] = words[SPIV]  # kvm_apic_set_state() takes it before it looks at the rest
                 return False
         version = self.regs[LVR]
         self.regs[:] = words

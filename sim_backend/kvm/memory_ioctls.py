@@ -106,8 +106,7 @@ class MemoryIoctls:
             # ---- Every check passed: from here on the call cannot fail. ----
 
             if gmem is not None:
-                new.gmem, new.gmem_pgoff = gmem, gmem_offset >> 12
-                gmem.bindings.append(new)
+                new.bind(gmem, gmem_offset >> 12)
             if flags & KVM_MEM_LOG_DIRTY_PAGES and not vm.dirty_ring_bytes:
                 if old is not None and old.dirty_bitmap is not None:
                     new.dirty_bitmap = old.dirty_bitmap
@@ -116,6 +115,7 @@ class MemoryIoctls:
                     if vm.manual_dirty_log_protect & 2:
                         _fill(new.dirty_bitmap, npages)
             if old is None:
+                vm.has_mmu_pages = True
                 slots.insert(new)
                 self._drop_mmio_markers(new)
             elif base_gfn != old.base_gfn:
@@ -154,6 +154,7 @@ class MemoryIoctls:
 
     def _delete(self, as_id: int, old: Memslot) -> None:
         vm = self._vm
+        vm.has_mmu_pages = True
         vm.memslots[as_id].remove(old.id)
         vm.ops.memslot_removed(old)
         if old.gmem is not None:

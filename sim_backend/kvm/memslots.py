@@ -19,6 +19,7 @@ class Memslot:
     """One slot of one address space. Replaced, not changed, when it is moved or its flags change."""
 
     __slots__ = (
+        "_gmem_only",
         "as_id",
         "base_gfn",
         "dirty_bitmap",
@@ -51,6 +52,7 @@ class Memslot:
         self.mm = mm
         self.gmem: GuestMemfd | None = None  # no reference: cleared when the file goes away
         self.gmem_pgoff = 0  # [4 KiB pages] file offset of the slot's first page
+        self._gmem_only = False
         self.dirty_bitmap: bytearray | None = None
         self.window: Window | None = None  # HPAs that stand for the slot's user memory
 
@@ -64,7 +66,13 @@ class Memslot:
 
     def is_gmem_only(self) -> bool:
         """Tell whether shared faults come from the guest_memfd too, as it can be mapped (KVM_MEMSLOT_GMEM_ONLY)."""
-        return self.gmem is not None and bool(self.gmem.flags & _GUEST_MEMFD_FLAG_MMAP)
+        return self._gmem_only
+
+    def bind(self, gmem: "GuestMemfd", pgoff: int) -> None:
+        """Take private memory from `gmem`, from page `pgoff` on (`kvm_gmem_bind`)."""
+        self.gmem, self.gmem_pgoff = gmem, pgoff
+        self._gmem_only = bool(gmem.flags & _GUEST_MEMFD_FLAG_MMAP)
+        gmem.bindings.append(self)
 
     def user_hpa(self, memory: "PhysicalMemory", gfn: int) -> int:
         """Return the HPA that stands for the user page behind `gfn`; the caller has faulted it in."""
@@ -94,10 +102,11 @@ class Memslot:
 class Memslots:
     """The slots of one address space of a VM, by id and by frame. Changed under slots_lock only."""
 
-    __slots__ = ("_index", "by_id")
+    __slots__ = ("_index", "by_id", "generation")
 
     def __init__(self) -> None:
         self.by_id: dict[int, Memslot] = {}
+        self.generation = 0  # rises with every change
         self._index: tuple[list[int], list[Memslot]] = ([], [])
 
     def find(self, gfn: int) -> Memslot | None:
@@ -134,5 +143,6 @@ class Memslots:
 
     def _rebuild(self) -> None:
         ordered = sorted(self.by_id.values(), key=lambda slot: slot.base_gfn)
+        self.generation += 1
         # One assignment: a fault in another thread sees the old pair or the new one.
         self._index = ([slot.base_gfn for slot in ordered], ordered)

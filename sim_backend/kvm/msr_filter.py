@@ -58,10 +58,10 @@ def read_filter(mm: AddressSpace, argp: int) -> MsrFilter | None:
         raise Errno(errno.EINVAL)  # an empty deny-all would also deny what the guest cannot live without
     ranges = []
     for range_flags, count, base, _padding, pointer in raw:
-        if range_flags & ~(KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE):
-            raise Errno(errno.EINVAL)
         if not count:
             continue
+        if range_flags & ~(KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE):
+            raise Errno(errno.EINVAL)
         bitmap_bytes = (count + 63) // 64 * 8
         if bitmap_bytes > _MAX_BITMAP_BYTES:
             raise Errno(errno.EINVAL)

@@ -8,6 +8,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.lapic import APIC_BASE_BSP, APIC_BASE_ENABLE, APIC_BASE_X2APIC, ICR
+from sim_backend.kvm.pv_features import (
+    KVM_FEATURE_ASYNC_PF,
+    KVM_FEATURE_ASYNC_PF_INT,
+    KVM_FEATURE_ASYNC_PF_VMEXIT,
+    KVM_FEATURE_CLOCKSOURCE,
+    KVM_FEATURE_CLOCKSOURCE2,
+    KVM_FEATURE_POLL_CONTROL,
+    KVM_FEATURE_PV_EOI,
+    KVM_FEATURE_STEAL_TIME,
+    guest_pv_has,
+)
 
 if TYPE_CHECKING:
     from sim_backend.kvm.vcpu import Vcpu
@@ -59,6 +70,22 @@ MSR_KVM_PV_EOI_EN: Final = 0x4B56_4D04
 MSR_KVM_POLL_CONTROL: Final = 0x4B56_4D05
 MSR_KVM_ASYNC_PF_INT: Final = 0x4B56_4D06
 MSR_KVM_ASYNC_PF_ACK: Final = 0x4B56_4D07
+_ASYNC_PF_AS_VMEXIT: Final = 1 << 2
+_ASYNC_PF_AS_INT: Final = 1 << 3
+_ASYNC_PF_ENABLED: Final = 1 | _ASYNC_PF_AS_INT
+_OLD_NAMES: Final = {MSR_KVM_WALL_CLOCK: MSR_KVM_WALL_CLOCK_NEW, MSR_KVM_SYSTEM_TIME: MSR_KVM_SYSTEM_TIME_NEW}
+_PV_FEATURES: Final = {
+    MSR_KVM_WALL_CLOCK: KVM_FEATURE_CLOCKSOURCE,
+    MSR_KVM_SYSTEM_TIME: KVM_FEATURE_CLOCKSOURCE,
+    MSR_KVM_WALL_CLOCK_NEW: KVM_FEATURE_CLOCKSOURCE2,
+    MSR_KVM_SYSTEM_TIME_NEW: KVM_FEATURE_CLOCKSOURCE2,
+    MSR_KVM_ASYNC_PF_EN: KVM_FEATURE_ASYNC_PF,
+    MSR_KVM_STEAL_TIME: KVM_FEATURE_STEAL_TIME,
+    MSR_KVM_PV_EOI_EN: KVM_FEATURE_PV_EOI,
+    MSR_KVM_POLL_CONTROL: KVM_FEATURE_POLL_CONTROL,
+    MSR_KVM_ASYNC_PF_INT: KVM_FEATURE_ASYNC_PF_INT,
+    MSR_KVM_ASYNC_PF_ACK: KVM_FEATURE_ASYNC_PF_INT,
+}
 
 PAT_RESET: Final = 0x0007_0406_0007_0406
 MTRR_VARIABLE_COUNT: Final = 8
@@ -66,7 +93,7 @@ MTRR_CAP: Final = 0x500 | MTRR_VARIABLE_COUNT  # write-combining and fixed range
 _MTRR_FIXED: Final = frozenset({0x250, 0x258, 0x259, *range(0x268, 0x270)})
 _MEMORY_TYPES: Final = frozenset({0, 1, 4, 5, 6})
 _PAT_TYPES: Final = frozenset({0, 1, 4, 5, 6, 7})
-MISC_ENABLE_RESET: Final = 0x1
+MISC_ENABLE_RESET: Final = 1 << 12 | 1 << 11  # no PEBS, no BTS
 MISC_ENABLE_PRESERVED: Final = 1 << 12 | 1 << 11  # PEBS unavailable, BTS unavailable: kept by the host
 _U64: Final = (1 << 64) - 1
 
@@ -89,8 +116,15 @@ def guest_tsc(vcpu: "Vcpu") -> int:
     return time.monotonic_ns() * vcpu.tsc_khz // 1_000_000 + vcpu.tsc_offset & _U64
 
 
+def _check_pv_feature(vcpu: "Vcpu", index: int) -> None:
+    feature = _PV_FEATURES.get(index)
+    if feature is not None and not guest_pv_has(vcpu, feature):
+        raise MsrUnknown
+
+
 def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
     """Return an MSR that every kind of VM has. Raise `MsrUnknown` or `MsrRefused`."""
+    _check_pv_feature(vcpu, index)
     if is_x2apic(index):
         return _get_x2apic(vcpu, index)
     if MSR_MTRR_FIRST <= index <= MSR_MTRR_LAST or index in (MSR_MTRRCAP, MSR_MTRR_DEF_TYPE):
@@ -112,7 +146,11 @@ def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
             raise MsrUnknown
         if index == MSR_PLATFORM_INFO and not host_initiated and not vcpu.vm.guest_can_read_platform_info:
             raise MsrRefused
-        value = vcpu.msrs.get(index)
+        value = _values_of(vcpu, index).get(_OLD_NAMES.get(index, index))
+        if value is None and not vcpu.feature_msrs_stuffed and index in _STUFFED:
+            return 0
+        if value is None and index == MSR_IA32_ARCH_CAPABILITIES and not vcpu.vm.ops.has_protected_state:
+            value = vcpu.vm.host.profile.feature_msrs.get(index)
         return value if value is not None else vcpu.vm.host.profile.msr_reset.get(index, reset)
     if _mce_register(vcpu, index):
         if index < MSR_IA32_MC0_CTL and index >= MSR_IA32_MC0_CTL2 and not host_initiated and not _has_cmci(vcpu):
@@ -123,6 +161,7 @@ def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
 
 def set_msr_common(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> None:
     """Set an MSR that every kind of VM has. Raise `MsrUnknown` or `MsrRefused`."""
+    _check_pv_feature(vcpu, index)
     if is_x2apic(index):
         _set_x2apic(vcpu, index, value)
     elif MSR_MTRR_FIRST <= index <= MSR_MTRR_LAST or index in (MSR_MTRRCAP, MSR_MTRR_DEF_TYPE):
@@ -207,6 +246,8 @@ _HOST_ONLY: Final = frozenset(
 )
 _HWCR_IGNORED: Final = 0x148  # TLB cache, FFDIS, IGNNE
 _HWCR_KEPT: Final = 1 << 18 | 1 << 24  # McStatusWrEn, TscFreqSel
+_STUFFED: Final = frozenset({MSR_IA32_ARCH_CAPABILITIES, MSR_PLATFORM_INFO})
+"""Zero in a vCPU that was created with the quirk KVM_X86_QUIRK_STUFF_FEATURE_MSRS off."""
 _FROZEN_AFTER_RUN: Final = frozenset({MSR_IA32_ARCH_CAPABILITIES, MSR_PLATFORM_INFO, MSR_IA32_PERF_CAPABILITIES})
 
 
@@ -258,16 +299,27 @@ def _set_kept(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> Non
         raise MsrRefused
     if index == MSR_KVM_ASYNC_PF_ACK:
         return
-    vcpu.msrs[index] = value
+    _values_of(vcpu, index)[_OLD_NAMES.get(index, index)] = value
+
+
+def _values_of(vcpu: "Vcpu", index: int) -> dict[int, int]:
+    """Return where the value is kept: the wall clock is the VM's."""
+    return vcpu.vm.msrs if index in (MSR_KVM_WALL_CLOCK, MSR_KVM_WALL_CLOCK_NEW) else vcpu.msrs
 
 
 def _check_pv_area(vcpu: "Vcpu", index: int, value: int) -> None:
     reserved = {MSR_KVM_ASYNC_PF_EN: 0x30, MSR_KVM_STEAL_TIME: 0x3E, MSR_KVM_PV_EOI_EN: 0x2}[index]
     if value & reserved:
         raise MsrRefused
-    if index == MSR_KVM_ASYNC_PF_EN and value and vcpu.apic is None:
-        raise MsrRefused
-    if index != MSR_KVM_STEAL_TIME and value & 1 and vcpu.vm.find_memslot(value >> 12) is None:
+    if index == MSR_KVM_ASYNC_PF_EN:
+        if value & _ASYNC_PF_AS_VMEXIT and not guest_pv_has(vcpu, KVM_FEATURE_ASYNC_PF_VMEXIT):
+            raise MsrRefused
+        if value & _ASYNC_PF_AS_INT and not guest_pv_has(vcpu, KVM_FEATURE_ASYNC_PF_INT):
+            raise MsrRefused
+        if value and vcpu.apic is None:
+            raise MsrRefused
+    enabled = value & _ASYNC_PF_ENABLED == _ASYNC_PF_ENABLED if index == MSR_KVM_ASYNC_PF_EN else value & 1
+    if index != MSR_KVM_STEAL_TIME and enabled and vcpu.vm.find_memslot(value >> 12) is None:
         raise MsrRefused  # the area's address is looked up at once
 
 
@@ -381,6 +433,8 @@ def _has_cmci(vcpu: "Vcpu") -> bool:
 def set_up_mce(vcpu: "Vcpu", mcg_cap: int) -> None:
     """Set the number of banks and their features; every bank reports everything (KVM_X86_SETUP_MCE)."""
     vcpu.mcg_cap = mcg_cap
+    if vcpu.apic is not None:
+        vcpu.apic.set_cmci(_has_cmci(vcpu))
     if mcg_cap >> 8 & 1:
         vcpu.msrs[MSR_IA32_MCG_CTL] = _U64
     for bank in range(mcg_cap & 0xFF):

@@ -25,6 +25,8 @@ BEHAVIOURS: Final = frozenset(
         "read_fault_maps_writable",  # a read fault maps a writable page writable, and logs it as dirty (TDP)
         "one_reg",  # KVM_GET_ONE_REG and KVM_SET_ONE_REG (after 6.16)
         "sregs_checks_efer",  # KVM_SET_SREGS refuses an EFER that the CPUID table does not allow (after 6.18)
+        "segments_of_vmcb",  # KVM_GET_SREGS shows what an AMD VMCB keeps of a segment register (svm_get_segment)
+        "hyperv",  # KVM_HYPERV is built in: its MSRs can be read and written
         "shadow_paging",  # no second-level paging: a guest-physical address has 52 bits, whatever the CPU has (kvm_pvm)
         "shutdown_resets_vcpu",  # a triple fault puts the vCPU into the INIT state (SVM)
         "one_interrupt_shadow",  # STI and MOV SS shadows cannot be told apart (SVM)
@@ -33,6 +35,7 @@ BEHAVIOURS: Final = frozenset(
         "memory_attributes",  # KVM_SET_MEMORY_ATTRIBUTES is built in
         "pre_fault_memory",  # KVM_PRE_FAULT_MEMORY is built in
         "guest_memfd_flags",  # MMAP and INIT_SHARED exist
+        "ip_wraps",  # 16-bit code that runs past 64 KiB goes on at IP 0 (QEMU's CPU; others raise #GP)
         "smm",  # KVM_SMM is built in
         "pmu_capability_zero_is_einval",  # KVM_CAP_PMU_CAPABILITY wants exactly DISABLE (7.2, 7.3; 6.18 takes 0)
         "mapgpa_ret_codes",  # hypercall.ret of MapGPA: EAGAIN retries, EINVAL fails (after 6.16)
@@ -62,6 +65,7 @@ class VendorMsr:
     reset: int = 0
     writable: int = (1 << 64) - 1  # a write with any other bit is refused
     readable: bool = True
+    mask: int = (1 << 64) - 1  # what is kept of a write
     kept: bool = True  # False: a write is accepted and forgotten
 
 

@@ -11,6 +11,7 @@ from sim_backend.kvm.guest_paging import read_pdptrs, translate
 from sim_backend.kvm.xsave import XsaveArea
 
 if TYPE_CHECKING:
+    from sim_backend.kvm.profile import HostProfile
     from sim_backend.kvm.vcpu import Vcpu
 
 REGS: Final = struct.Struct("<18Q")  # struct kvm_regs
@@ -28,6 +29,7 @@ _TRANSLATION: Final = struct.Struct("<QQBBB5x")
 _KVM_ORDER: Final = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15)
 _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")  # order in struct kvm_sregs
 
+DR7_BREAKPOINTS: Final = 0x20FF  # L0 to G3, and GD, which traps the next access to a debug register
 CR0_PE: Final = 1
 CR0_NE: Final = 1 << 5
 CR0_WP: Final = 1 << 16
@@ -45,7 +47,36 @@ GUESTDBG_SINGLESTEP: Final = 2
 GUESTDBG_INJECT_DB: Final = 1 << 18
 GUESTDBG_INJECT_BP: Final = 1 << 19
 RFLAGS_TF: Final = 1 << 8
+_AR_PRESENT: Final = 1 << 7
+_AR_DB: Final = 1 << 14
+_AR_G: Final = 1 << 15
+_AR_UNUSABLE: Final = 1 << 16
+_TYPE_ACCESSED: Final = 1
+_TYPE_BUSY: Final = 2
+_DATA_SEGMENTS: Final = frozenset({"ds", "es", "fs", "gs"})
 _U64: Final = (1 << 64) - 1
+
+
+def shown_segment(profile: "HostProfile", name: str, segment: Segment) -> Segment:
+    """Return a segment register, in VMX form, as the vendor module gives it to user space.
+
+    Source: ``vmx_get_segment()``, ``svm_get_segment()``; kvm_pvm keeps what it was given.
+    """
+    ar = segment.ar
+    if profile.behaves("interprets_guest_code"):
+        return segment
+    unusable = bool(ar & _AR_UNUSABLE)
+    if unusable:
+        ar &= ~_AR_PRESENT
+    if profile.behaves("segments_of_vmcb"):
+        ar = ar & ~_AR_G | (_AR_G if segment.limit > 0xF_FFFF else 0)
+        if name == "tr":
+            ar |= _TYPE_BUSY
+        elif name in _DATA_SEGMENTS and not unusable:
+            ar |= _TYPE_ACCESSED
+        elif name == "ss" and unusable:
+            ar &= ~_AR_DB
+    return Segment(segment.selector, segment.base, segment.limit, ar)
 
 
 def pack_segment(segment: Segment) -> bytes:
@@ -68,7 +99,7 @@ def pack_segment(segment: Segment) -> bytes:
     )
 
 
-def unpack_segment(data: bytes, offset: int) -> Segment:
+def unpack_segment(data: bytes, offset: int, *, absent_is_unusable: bool = True) -> Segment:
     """Return a segment register in VMX form from ``struct kvm_segment``."""
     fields = _SEGMENT.unpack_from(data, offset)
     base, limit, selector, kind, present, dpl, db, s, long_mode, granularity, avl, unusable = fields
@@ -82,8 +113,8 @@ def unpack_segment(data: bytes, offset: int) -> Segment:
         | (db & 1) << 14
         | (granularity & 1) << 15
     )
-    if unusable or not present:
-        ar |= 1 << 16
+    if unusable or (absent_is_unusable and not present):
+        ar |= _AR_UNUSABLE
     return Segment(selector=selector, base=base, limit=limit, ar=ar)
 
 
@@ -143,7 +174,7 @@ class RegisterIoctls:
         pdptrs, flags = [0, 0, 0, 0], 0
         if is_pae_paging(state):
             flags = _SREGS2_PDPTRS_VALID
-            pdptrs = read_pdptrs(vcpu, state.cr3)
+            pdptrs = vcpu.set_pdptrs if vcpu.set_pdptrs is not None else read_pdptrs(vcpu, state.cr3)
         head = pack_sregs_head(vcpu, state)
         self._mm.write(argp, head + struct.pack("<5Q", flags, *pdptrs))
         return 0
@@ -156,11 +187,12 @@ class RegisterIoctls:
         valid = flags & _SREGS2_PDPTRS_VALID
         if flags & ~_SREGS2_PDPTRS_VALID:
             raise Errno(errno.EINVAL)
-        state = set_sregs_head(self._vcpu, data)
-        if valid and not is_pae_paging(state):
+        cr0, _cr2, _cr3, cr4, _cr8, efer, _apic_base = _CONTROL.unpack_from(data, 224)
+        if valid and not (cr0 & CR0_PG and cr4 & CR4_PAE and not efer & EFER_LMA):
             raise Errno(errno.EINVAL)
-        del pdptrs  # the CPU model loads them from memory, where a consistent snapshot has the same values
+        state = set_sregs_head(self._vcpu, data)
         self._vcpu.write_state(state)
+        self._vcpu.set_pdptrs = pdptrs if valid else None
         return 0
 
     # ---- FPU, XSAVE, XCRs -------------------------------------------------------------------------------
@@ -233,6 +265,7 @@ class RegisterIoctls:
         state = self._vcpu.read_state()
         state.dr[:] = [*db, dr6, dr7]
         self._vcpu.write_state(state)
+        self._vcpu.guest_breakpoints = bool(dr7 & DR7_BREAKPOINTS)
         return 0
 
     def set_guest_debug(self, argp: int) -> int:
@@ -270,7 +303,8 @@ def is_pae_paging(state: CpuState) -> bool:
 
 def pack_sregs_head(vcpu: "Vcpu", state: CpuState) -> bytes:
     """Return the 280 bytes that ``struct kvm_sregs`` and ``kvm_sregs2`` begin with."""
-    parts = [pack_segment(getattr(state, name)) for name in _SEGMENTS]
+    profile = vcpu.vm.host.profile
+    parts = [pack_segment(shown_segment(profile, name, getattr(state, name))) for name in _SEGMENTS]
     parts.append(_DTABLE.pack(state.gdtr_base, state.gdtr_limit))
     parts.append(_DTABLE.pack(state.idtr_base, state.idtr_limit))
     parts.append(_CONTROL.pack(state.cr0, state.cr2, state.cr3, state.cr4, vcpu.get_cr8(), state.efer, vcpu.apic_base))
@@ -280,7 +314,11 @@ def pack_sregs_head(vcpu: "Vcpu", state: CpuState) -> bytes:
 def set_sregs_head(vcpu: "Vcpu", data: bytes) -> CpuState:
     """Check and take those 280 bytes; return the state to install. Raise EINVAL as __set_sregs_common() does."""
     state = vcpu.read_state()
-    segments = {name: unpack_segment(data, index * 24) for index, name in enumerate(_SEGMENTS)}
+    interpreted = vcpu.vm.host.profile.behaves("interprets_guest_code")
+    segments = {
+        name: unpack_segment(data, index * 24, absent_is_unusable=not interpreted)
+        for index, name in enumerate(_SEGMENTS)
+    }
     gdt_base, gdt_limit = _DTABLE.unpack_from(data, 192)
     idt_base, idt_limit = _DTABLE.unpack_from(data, 208)
     cr0, cr2, cr3, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(data, 224)
@@ -290,7 +328,7 @@ def set_sregs_head(vcpu: "Vcpu", data: bytes) -> CpuState:
     state.gdtr_base, state.gdtr_limit = gdt_base, gdt_limit
     state.idtr_base, state.idtr_limit = idt_base, idt_limit
     state.cr2, state.cr3 = cr2, cr3
-    if vcpu.vm.host.profile.behaves("interprets_guest_code") and not efer & EFER_LMA:
+    if interpreted and not efer & EFER_LMA:
         cr0 &= ~CR0_PG  # kvm_pvm has no paging outside long mode
     state.cr0, state.cr4, state.efer = cr0, cr4, efer
     vcpu.set_cr8(cr8)

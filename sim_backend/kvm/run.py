@@ -21,7 +21,8 @@ from sim_backend.kvm.kvm_run_page import (
     REQUEST_INTERRUPT_WINDOW,
     UNION,
 )
-from sim_backend.kvm.signals import SIGNALS
+from sim_backend.kvm.lapic import TASKPRI
+from sim_backend.kvm.signals import SIGNALS, RunMask
 from sim_backend.kvm.sync_regs import load_sync_regs, store_sync_regs
 from sim_backend.kvm.vcpu import MpState
 
@@ -55,7 +56,8 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
     mark, since = SIGNALS.mark, SIGNALS.since
     get_ident = threading.get_ident
     vcpu_run, vcpu_pre_run = ops.vcpu_run, ops.vcpu_pre_run
-    sync_mask = 0 if ops.has_protected_state else KVM_SYNC_X86_VALID_FIELDS
+    is_protected = ops.has_protected_state
+    sync_mask = 0 if is_protected else KVM_SYNC_X86_VALID_FIELDS
 
     def kvm_run(arg: int) -> int:
         if arg:
@@ -67,6 +69,8 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
             vcpu.signal_mark = signals = mark()
             lp = get_lp(vcpu.lp)
             loaded = False
+            if vcpu.signal_mask is not None:
+                vcpu.run_mask = RunMask(vcpu.signal_mask)
             try:
                 ops.vcpu_load(vcpu, lp)
                 vcpu.lp = lp
@@ -74,12 +78,11 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 u16[FLAGS] = 0
                 if vcpu.mp_state == _UNINITIALIZED:
                     _wait_uninitialized(signals)
-                if (u64[KVM_VALID_REGS] | u64[KVM_DIRTY_REGS]) and (
-                    u64[KVM_VALID_REGS] & ~sync_mask or u64[KVM_DIRTY_REGS] & ~sync_mask
-                ):
-                    raise Errno(errno.EINVAL)
-                if u64[KVM_DIRTY_REGS]:
-                    load_sync_regs(vcpu)
+                if u64[KVM_VALID_REGS] or u64[KVM_DIRTY_REGS]:
+                    if (u64[KVM_VALID_REGS] | u64[KVM_DIRTY_REGS]) & ~sync_mask:
+                        raise Errno(errno.EINVAL)
+                    if u64[KVM_DIRTY_REGS]:
+                        load_sync_regs(vcpu)
                 if vm.irqchip is None and not vcpu.set_cr8(u64[CR8]):
                     raise Errno(errno.EINVAL)
                 complete = vcpu.complete_userspace_io
@@ -103,21 +106,23 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 if loaded:
                     ops.vcpu_put(vcpu)
                 put_lp()
+                if vcpu.run_mask is not None:
+                    vcpu.run_mask.restore()
+                    vcpu.run_mask = None
 
     def _wait_uninitialized(signals: int) -> None:
         if u8[IMMEDIATE_EXIT]:
             raise Errno(errno.EINTR)
         while True:
-            if since(signals) or u8[IMMEDIATE_EXIT]:
+            if since(signals) or pending_signal() or u8[IMMEDIATE_EXIT]:
                 u32[EXIT_REASON] = KVM_EXIT_INTR
                 raise Errno(errno.EINTR)
             if vm.dead:
                 raise Errno(errno.EIO)
             apic = vcpu.apic
-            if apic is not None and (apic.init_pending or apic.sipi_pending):
-                if vcpu.accept_apic_events():
-                    raise Errno(errno.EAGAIN)
-            elif vcpu.mp_state != _UNINITIALIZED:
+            if apic is not None and (apic.init_pending or apic.sipi_pending) and vcpu.accept_apic_events():
+                raise Errno(errno.EAGAIN)
+            if vcpu.mp_state != _UNINITIALIZED or vcpu.has_work():
                 raise Errno(errno.EAGAIN)
             sleep(_POLL_S)
 
@@ -137,6 +142,10 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
 
     def loop(signals: int) -> None:
         u32[EXIT_REASON] = KVM_EXIT_UNKNOWN
+        if vcpu.run_mask is not None and pending_signal():
+            u32[EXIT_REASON] = KVM_EXIT_INTR
+            counters["signal_exits"] += 1
+            raise Errno(errno.EINTR)
         while True:
             if vcpu.mp_state == _RUNNABLE:
                 vcpu.kicked = False
@@ -162,12 +171,17 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 return
             if vm.dead:
                 raise Errno(errno.EIO)
-            if since(signals) or u8[IMMEDIATE_EXIT]:
+            if since(signals) or u8[IMMEDIATE_EXIT] or (vcpu.run_mask is not None and pending_signal()):
                 u32[EXIT_REASON] = KVM_EXIT_INTR
                 counters["signal_exits"] += 1
                 raise Errno(errno.EINTR)
             if lps.waiting:
                 yield_processor()
+
+    def pending_signal() -> bool:
+        """Tell whether a signal waits that only the mask of KVM_SET_SIGNAL_MASK lets through."""
+        mask = vcpu.run_mask
+        return mask is not None and mask.pending()
 
     def yield_processor() -> None:
         """Let another thread have the logical processor, as the scheduler would at its tick."""
@@ -184,6 +198,8 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
             vcpu.timer_due_ns = 0
             if vcpu.apic is not None:
                 vcpu.apic.timer.expire(now)
+            if vm.pit is not None:
+                vm.pit.expire(now)
 
     def count_exit() -> None:
         reason = u32[EXIT_REASON]
@@ -199,24 +215,27 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
             stats.store(counters)
 
     def block() -> None:
-        if not vcpu.has_work():
+        has_work = vcpu.has_work()
+        if not has_work:
             timeout = _POLL_S
             if vcpu.timer_due_ns:
                 timeout = min(timeout, max(vcpu.timer_due_ns - time.monotonic_ns(), 0) / 1e9)
             sleep(timeout)
             if vcpu.timer_due_ns:
                 expire_timer()
-        if vcpu.has_work():
+            has_work = vcpu.has_work()
+        if has_work:
             counters["halt_wakeup"] += 1
             vcpu.unhalt()
 
     def post() -> None:
         """Fill the header's outputs (post_kvm_run_save)."""
-        u64[CR8] = vcpu.get_cr8()
+        apic = vcpu.apic
+        u64[CR8] = vcpu.cr8 if apic is None else apic.regs[TASKPRI] >> 4
         u64[APIC_BASE] = vcpu.apic_base
-        if ops.has_protected_state:
+        if is_protected:
             u8[IF_FLAG] = 0
-            u8[READY_FOR_INTERRUPT_INJECTION] = vcpu.apic is not None and vcpu.apic.accepts_extint()
+            u8[READY_FOR_INTERRUPT_INJECTION] = apic is not None and apic.accepts_extint()
         else:
             u8[IF_FLAG] = vcpu.interrupt_flag()
             u8[READY_FOR_INTERRUPT_INJECTION] = vcpu.ready_for_interrupt()

@@ -66,5 +66,26 @@ class SignalWatch:
         return 0
 
 
+class RunMask:
+    """The thread's signals while KVM_RUN has a mask of its own (KVM_SET_SIGNAL_MASK, `kvm_sigset_activate()`).
+
+    A signal that the thread blocks and the run does not stays blocked here: it ends the run and stays pending, as in
+    the kernel, which gives the thread its mask back before any handler could run.
+    """
+
+    def __init__(self, mask: int) -> None:
+        block = {number for number in signal.valid_signals() if mask >> int(number) - 1 & 1}
+        self._outside = signal.pthread_sigmask(signal.SIG_BLOCK, block)
+        self._ends_run: Final = self._outside - block
+
+    def pending(self) -> bool:
+        """Tell whether a signal that the thread blocks, but not the run, waits."""
+        return bool(self._ends_run) and not self._ends_run.isdisjoint(signal.sigpending())
+
+    def restore(self) -> None:
+        """Give the thread its mask back."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._outside)
+
+
 SIGNALS: Final = SignalWatch()
 """One per process, because the wakeup descriptor is."""

@@ -14,13 +14,12 @@ from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.kvm_run_page import IMMEDIATE_EXIT, KvmRunPage
 from sim_backend.kvm.lapic import TASKPRI
 from sim_backend.kvm.msrs import (
-    MSR_KVM_SYSTEM_TIME,
     MSR_KVM_SYSTEM_TIME_NEW,
     MsrRefused,
     set_apic_base,
 )
 from sim_backend.kvm.registers import REGS, pack_sregs_head, set_sregs_head
-from sim_backend.kvm.signals import SIGNALS
+from sim_backend.kvm.signals import SIGNALS, RunMask
 from sim_backend.kvm.stats import VCPU_STATS, StatsFile
 from sim_backend.kvm.vcpu_reset import reset_vcpu, start_at_sipi_vector
 
@@ -43,6 +42,7 @@ class MpState(IntEnum):
 
 _KVM_ORDER: Final = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15)  # kvm_regs against Gprs
 _RFLAGS_IF: Final = 1 << 9
+KVM_X86_QUIRK_STUFF_FEATURE_MSRS: Final = 1 << 8
 _GUESTDBG_USE_HW_BP: Final = 1 << 17
 _RFLAGS_FIXED: Final = 1 << 1
 
@@ -68,9 +68,9 @@ class Vcpu:
     def __init__(self, vm: "Vm", vcpu_id: int, index: int) -> None:
         self.vm: Final = vm
         self.id: Final = vcpu_id
-        self.index: Final = index
+        self.index = index
         self.mutex: Final = threading.Lock()
-        self.run: Final = KvmRunPage()
+        self.run: Final = KvmRunPage(vm.dirty_ring_bytes)
         self.vendor: Any = None  # the operations' own state
         self.cpu: Cpu | None = None  # hardware context of a vCPU whose state is not protected
         self.apic: LocalApic | None = None
@@ -101,11 +101,13 @@ class Vcpu:
         self.interrupt_shadow = 0
         self.shadow_over = False  # the instruction in the shadow was executed by us
         self.pending_external_vector = -1  # KVM_INTERRUPT with a split irqchip
+        self.pv_unhalted = False  # KVM_HC_KICK_CPU named this vCPU
         self.in_smm = False
         self.sipi_vector = 0
         self.cr8 = 0
         self.ioapic_eoi_vector = -1  # a level-triggered vector that user space's IOAPIC must hear of
-        self.timer_due_ns = 0  # time.monotonic_ns() at which the APIC timer wants attention, 0: never
+        # time.monotonic_ns() at which the APIC timer or the PIT wants attention, 0: never
+        self.timer_due_ns: int = vm.pit.due_ns if vm.pit is not None else 0
 
         # Statistics, by their names in KVM_GET_STATS_FD.
         self.counters = dict.fromkeys((name for name, _ in VCPU_STATS), 0)
@@ -119,6 +121,8 @@ class Vcpu:
         self.msrs: dict[int, int] = {}  # values that differ from reset
         self.mcg_cap = profile.default_mcg_cap
         self.saved_state: CpuState | None = None
+        self.set_pdptrs: list[int] | None = None  # by KVM_SET_SREGS2; the CPU's own come from memory
+        self.registers_set = False  # while an instruction waits for user space (emulate_regs_need_sync_from_vcpu)
         self.set_rflags = -1  # as KVM_SET_REGS gave it: reserved bits stay until the guest runs
         self.set_rflags_seen = -1  # what the CPU made of it
         self.xstate_bv = 0
@@ -127,8 +131,12 @@ class Vcpu:
         self.single_step = False
         self.resume_rip = -1  # where a breakpoint was just reported
         self.guest_debug_registers: list[int] = [0] * 8
+        self.svm_gif = True  # SVM's global interrupt flag
+        self.feature_msrs_stuffed = not vm.disabled_quirks & KVM_X86_QUIRK_STUFF_FEATURE_MSRS
+        self.guest_breakpoints = False  # user space switched some on in the guest's own DR7
         self.tpr_access_reporting = False
         self.signal_mask: int | None = None
+        self.run_mask: RunMask | None = None  # while KVM_RUN has that mask
         self.hyperv_enforce_cpuid = False
         self.enforce_pv_features = False
 
@@ -176,6 +184,7 @@ class Vcpu:
         """Leave the halted states; INIT_RECEIVED waits for SIPI."""
         if self.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD):
             self.mp_state = MpState.RUNNABLE
+            self.pv_unhalted = False
 
     def accept_apic_events(self) -> bool:
         """Act on a pending INIT or SIPI (kvm_apic_accept_events); tell whether the vCPU became something else."""
@@ -183,7 +192,10 @@ class Vcpu:
         if apic is None:
             return False
         if self.vm.ops.has_protected_state:
-            apic.init_pending = apic.sipi_pending = False
+            apic.sipi_pending = False  # and INIT stays blocked for ever
+            return False
+        if self.in_smm or not self.svm_gif:
+            apic.sipi_pending = False  # an INIT waits, a SIPI is lost
             return False
         if apic.init_pending:
             apic.init_pending = False
@@ -211,6 +223,14 @@ class Vcpu:
         self.nmi_pending = min(self.nmi_pending + 1, 2)
         self.kick()
 
+    def queue_smi(self) -> bool:
+        """Make an SMI pending (any thread); False where there is no system management mode (kvm_inject_smi)."""
+        if not self.vm.host.profile.behaves("smm") or not self.vm.ops.has_smm:
+            return False
+        self.smi_pending = True
+        self.kick()
+        return True
+
     def queue_exception(self, vector: int, error_code: int | None = None) -> None:
         """Make an exception pending for the next entry."""
         exception = self.exception
@@ -223,8 +243,9 @@ class Vcpu:
         return self.exception.pending or self.exception.injected
 
     def timer_armed(self, expires_ns: int) -> None:
-        """Note the APIC timer's new expiry, for the run loop and a halted vCPU."""
-        self.timer_due_ns = expires_ns
+        """Note a timer's new expiry, 0 for none: the run loop and a halted vCPU look at the earliest."""
+        if expires_ns and (not self.timer_due_ns or expires_ns < self.timer_due_ns):
+            self.timer_due_ns = expires_ns
 
     def interrupt_flag(self) -> bool:
         """Return RFLAGS.IF of an unprotected vCPU."""
@@ -232,12 +253,11 @@ class Vcpu:
 
     def ready_for_interrupt(self) -> bool:
         """Tell user space whether KVM_INTERRUPT would be taken now (kvm_vcpu_ready_for_interrupt_injection)."""
-        cpu = self.cpu
-        if cpu is None or self.exception_queued() or self.interrupt >= 0 or self.nmi_injected:
-            return False
-        irqchip = self.vm.irqchip
+        cpu, irqchip = self.cpu, self.vm.irqchip
         if irqchip is not None and not irqchip.split:
             return True
+        if cpu is None or self.exception_queued() or self.interrupt >= 0 or self.nmi_injected:
+            return False
         if self.apic is not None and not self.apic.accepts_extint():
             return False
         return self.interrupts_allowed(cpu)
@@ -304,6 +324,7 @@ class Vcpu:
         self.set_rflags = values[17] & self.vm.host.profile.rflags_kept | _RFLAGS_FIXED
         cpu.rflags = self.set_rflags
         self.set_rflags_seen = cpu.rflags
+        self.registers_set = True
         self.exception.pending = False
 
     def pack_sregs(self) -> bytes:
@@ -338,7 +359,7 @@ class Vcpu:
         if self.cpu is None:
             raise Errno(errno.EINVAL)
         self.cpu.set_state(state)
-        self.saved_state = state
+        self.saved_state, self.set_pdptrs = state, None
 
     def get_cr8(self) -> int:
         """Return CR8: the TPR's upper half where the local APIC is in the kernel."""
@@ -366,7 +387,7 @@ class Vcpu:
 
     def kvmclock_active(self) -> bool:
         """Tell whether the guest has switched kvmclock on."""
-        return bool((self.msrs.get(MSR_KVM_SYSTEM_TIME, 0) | self.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0)) & 1)
+        return bool(self.msrs.get(MSR_KVM_SYSTEM_TIME_NEW, 0) & 1)
 
     def refresh_runtime_cpuid(self) -> None:
         """Bring the bits of CPUID that mirror control registers up to date (kvm_update_cpuid_runtime)."""

@@ -43,9 +43,10 @@ class VcpuEventIoctls:
     def set_lapic(self, argp: int) -> int:
         """KVM_SET_LAPIC."""
         apic = self._vcpu.apic
-        if apic is None or self._vm.ops.has_protected_state:
+        if apic is None:
             raise Errno(errno.EINVAL)
-        if not apic.set_page(self._mm.read(argp, 1024)):
+        page = self._mm.read(argp, 1024)
+        if self._vm.ops.has_protected_state or not apic.set_page(page):
             raise Errno(errno.EINVAL)
         return 0
 
@@ -72,9 +73,8 @@ class VcpuEventIoctls:
 
     def smi(self, _arg: int) -> int:
         """KVM_SMI: ENOTTY where there is no SMM."""
-        if not self._vm.host.profile.behaves("smm") or not self._vm.ops.has_smm:
+        if not self._vcpu.queue_smi():
             raise Errno(errno.ENOTTY)
-        self._vcpu.smi_pending = True
         return 0
 
     def get_vcpu_events(self, argp: int) -> int:
@@ -102,7 +102,7 @@ class VcpuEventIoctls:
             raise Errno(errno.EINVAL)
         if vcpu.apic is None and state != MpState.RUNNABLE:
             raise Errno(errno.EINVAL)
-        if vcpu.smi_pending and state in (MpState.INIT_RECEIVED, MpState.SIPI_RECEIVED):
+        if (vcpu.smi_pending or vcpu.in_smm) and state in (MpState.INIT_RECEIVED, MpState.SIPI_RECEIVED):
             raise Errno(errno.EINVAL)
         if state == MpState.SIPI_RECEIVED:
             vcpu.mp_state = MpState.INIT_RECEIVED
@@ -132,7 +132,7 @@ class VcpuEventIoctls:
         return 0
 
     def set_signal_mask(self, argp: int) -> int:
-        """KVM_SET_SIGNAL_MASK: checked and kept; Python delivers signals to the main thread only."""
+        """KVM_SET_SIGNAL_MASK: the signals that KVM_RUN blocks, in place of the thread's."""
         if not argp:
             self._vcpu.signal_mask = None
             return 0
@@ -176,7 +176,7 @@ def pack_events(vcpu: "Vcpu") -> bytes:
         int(vcpu.in_smm),
         int(vcpu.smi_pending),
         0,
-        0,
+        int(vcpu.apic is not None and vcpu.apic.init_pending),
         int(vm.triple_fault_event and vcpu.triple_fault_pending),
         int(exception.has_payload),
         exception.payload,
@@ -250,7 +250,7 @@ def unpack_events(vcpu: "Vcpu", data: bytes) -> None:
     if flags & VALID_SMM:
         vcpu.in_smm = bool(smm)
         vcpu.smi_pending = bool(smi_pending)
-        if vcpu.apic is not None and latched_init:
-            vcpu.apic.init_pending = True
+        if vcpu.apic is not None:
+            vcpu.apic.init_pending = bool(latched_init)
     if flags & VALID_TRIPLE_FAULT:
         vcpu.triple_fault_pending = bool(triple_fault)

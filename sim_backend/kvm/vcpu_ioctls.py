@@ -9,11 +9,12 @@ from sim_backend.kvm.cpuid import (
     KVM_MAX_CPUID_ENTRIES,
     CpuidEntry,
     VcpuCpuid,
+    find_entry,
     unpack_entries,
     with_forced_bits,
 )
 from sim_backend.kvm.dispatch import CallTable, IoctlHandler
-from sim_backend.kvm.errors import Errno, as_int
+from sim_backend.kvm.errors import Errno, NotModelled, as_int
 from sim_backend.kvm.files import Files
 from sim_backend.kvm.msr_ioctls import MsrIoctls
 from sim_backend.kvm.msrs import set_up_mce
@@ -33,11 +34,24 @@ if TYPE_CHECKING:
 
 _MSRS_HEADER: Final = struct.Struct("<II")
 _CPUID_ENTRY1: Final = struct.Struct("<5I4x")  # struct kvm_cpuid_entry: no index, no flags
+_XFEATURE_XTILE_DATA: Final = 1 << 18  # the one component that a process must ask for
 _VALID_VIRT_BITS: Final = frozenset({0, 48, 57})
 _SETTABLE_MP_STATES: Final = frozenset(int(state) for state in MpState)
 KVM_VCPU_TSC_CTRL: Final = 0
 KVM_VCPU_TSC_OFFSET: Final = 0
 _MAX_MCE_BANKS: Final = 32
+NESTED_HEADER_BYTES: Final = 128  # struct kvm_nested_state up to its data
+NESTED_FORMAT_SVM: Final = 1
+NESTED_GUEST_MODE: Final = 1 << 0
+NESTED_RUN_PENDING: Final = 1 << 1
+NESTED_EVMCS: Final = 1 << 2
+NESTED_MTF_PENDING: Final = 1 << 3
+NESTED_GIF_SET: Final = 1 << 8
+_NESTED_FLAGS: Final = NESTED_GUEST_MODE | NESTED_RUN_PENDING | NESTED_EVMCS | NESTED_MTF_PENDING | NESTED_GIF_SET
+_NESTED_VMCB_BYTES: Final = 4096
+_NESTED_HEADER: Final = struct.Struct("<HHIQQH102x")  # flags format size; of VMX: vmxon_pa vmcs12_pa smm.flags
+_EFER_SVME: Final = 1 << 12
+_U64: Final = (1 << 64) - 1
 
 
 class VcpuIoctls:
@@ -153,6 +167,9 @@ class VcpuIoctls:
         size = next((entry for entry in entries if entry.function == 0x8000_0008), None)
         if size is not None and size.eax >> 8 & 0xFF not in _VALID_VIRT_BITS:
             raise Errno(errno.EINVAL)
+        state = find_entry(entries, 0xD, 0)
+        if state is not None and state.eax & _XFEATURE_XTILE_DATA:
+            raise Errno(errno.EPERM)  # no process has asked this host for AMX (ARCH_REQ_XCOMP_GUEST_PERM)
         self._vm.ops.vcpu_check_cpuid(vcpu, entries)
         vcpu.cpuid = VcpuCpuid(with_forced_bits(entries, self._vm.host.profile.cpuid_forced))
         vcpu.refresh_runtime_cpuid()
@@ -291,26 +308,66 @@ class VcpuIoctls:
 
     def get_nested_state(self, argp: int) -> int:
         """KVM_GET_NESTED_STATE: the vCPU is never in nested operation, so only the header."""
-        offered = self._vm.host.profile.capabilities.get(KvmCap.KVM_CAP_NESTED_STATE, 0)
-        if not offered or self._vm.ops.has_protected_state:
-            raise Errno(errno.EINVAL)
-        mm = self._vm.mm
+        self._check_nested_state_offered()
+        mm, nested_format = self._vm.mm, self._vm.host.profile.nested_format
         (size,) = struct.unpack_from("<4xI", mm.read(argp, 8))
-        if size < 128:
-            mm.write(argp + 4, struct.pack("<I", 128))
+        if size < NESTED_HEADER_BYTES:
+            mm.write(argp + 4, struct.pack("<I", NESTED_HEADER_BYTES))
             raise Errno(errno.E2BIG)
-        mm.write(argp, struct.pack("<HHI", 0, self._vm.host.profile.nested_format, 128) + bytes(120))
+        if nested_format == NESTED_FORMAT_SVM:
+            body, flags = bytes(120), NESTED_GIF_SET if self._vcpu.svm_gif else 0
+        else:
+            body, flags = struct.pack("<QQ", _U64, _U64).ljust(120, b"\0"), 0  # no VMXON region, no VMCS
+        mm.write(argp, struct.pack("<HHI", flags, nested_format, NESTED_HEADER_BYTES) + body)
         return 0
 
     def set_nested_state(self, argp: int) -> int:
-        """KVM_SET_NESTED_STATE: only "not in nested operation" can be restored."""
+        """KVM_SET_NESTED_STATE: "not in nested operation" can be restored, a nested guest is not modelled."""
+        self._check_nested_state_offered()
+        header = _NESTED_HEADER.unpack(self._vm.mm.read(argp, NESTED_HEADER_BYTES))
+        flags, kind, size, vmxon_pa, vmcs12_pa, smm_flags = header
+        if size < NESTED_HEADER_BYTES or flags & ~_NESTED_FLAGS:
+            raise Errno(errno.EINVAL)
+        if flags & NESTED_RUN_PENDING and not flags & NESTED_GUEST_MODE:
+            raise Errno(errno.EINVAL)
+        if kind != self._vm.host.profile.nested_format:
+            raise Errno(errno.EINVAL)
+        if kind == NESTED_FORMAT_SVM:
+            self._set_svm_nested_state(flags, size, vmcb_pa=vmxon_pa)
+        else:
+            self._set_vmx_nested_state(flags, vmxon_pa, vmcs12_pa, smm_flags)
+        return 0
+
+    def _set_svm_nested_state(self, flags: int, size: int, vmcb_pa: int) -> None:
+        """Check as svm_set_nested_state() does."""
+        if flags & ~(NESTED_GUEST_MODE | NESTED_RUN_PENDING | NESTED_GIF_SET):
+            raise Errno(errno.EINVAL)
+        if not self._vcpu.read_state().efer & _EFER_SVME and flags not in (0, NESTED_GIF_SET):
+            raise Errno(errno.EINVAL)
+        if not flags & NESTED_GUEST_MODE:
+            self._vcpu.svm_gif = bool(flags & NESTED_GIF_SET)
+            return
+        if self._vcpu.in_smm or not self._is_page_address(vmcb_pa) or size < NESTED_HEADER_BYTES + _NESTED_VMCB_BYTES:
+            raise Errno(errno.EINVAL)
+        raise NotModelled("nested guests: KVM_SET_NESTED_STATE with GUEST_MODE")
+
+    def _set_vmx_nested_state(self, flags: int, vmxon_pa: int, vmcs12_pa: int, smm_flags: int) -> None:
+        """Check as vmx_set_nested_state() does; KVM_STATE_NESTED_EVMCS alone has always been let through."""
+        if vmxon_pa == _U64:
+            if smm_flags or vmcs12_pa != _U64 or flags & ~NESTED_EVMCS:
+                raise Errno(errno.EINVAL)
+            return
+        if not self._vcpu.cpuid.has(1, "ecx", 5) or not self._is_page_address(vmxon_pa):
+            raise Errno(errno.EINVAL)
+        raise NotModelled("nested guests: KVM_SET_NESTED_STATE after VMXON")
+
+    def _is_page_address(self, gpa: int) -> bool:
+        return not gpa & 0xFFF and not gpa >> self._vcpu.cpuid.maxphyaddr
+
+    def _check_nested_state_offered(self) -> None:
         offered = self._vm.host.profile.capabilities.get(KvmCap.KVM_CAP_NESTED_STATE, 0)
         if not offered or self._vm.ops.has_protected_state:
             raise Errno(errno.EINVAL)
-        flags, kind, size = struct.unpack("<HHI", self._vm.mm.read(argp, 8))
-        if size < 128 or flags & ~0x117 or kind != self._vm.host.profile.nested_format or flags & 3:
-            raise Errno(errno.EINVAL)
-        return 0
 
 
 def _with_mutex(vcpu: "Vcpu", handler: IoctlHandler) -> IoctlHandler:

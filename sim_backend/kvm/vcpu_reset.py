@@ -52,6 +52,8 @@ def reset_vcpu(vcpu: "Vcpu", *, init_event: bool) -> None:
     vcpu.nmi_pending = 0
     vcpu.nmi_injected = False
     vcpu.smi_pending = False
+    vcpu.guest_breakpoints = False
+    vcpu.svm_gif = True
     vcpu.complete_userspace_io = None
     if vcpu.apic is not None:
         vcpu.apic.reset()

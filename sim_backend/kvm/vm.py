@@ -74,7 +74,9 @@ class Vm:
         self.exit_on_emulation_failure = False
         self.manual_dirty_log_protect = 0
         self.dirty_ring_bytes = 0
-        self.nr_mmu_pages = 0
+        self.clock_offset_ns = -time.monotonic_ns()  # of kvmclock against the host's
+        self.msrs: dict[int, int] = {}  # those that all vCPUs share
+        self.has_mmu_pages = False  # n_max_mmu_pages is not 0: a slot came or went, or KVM_SET_NR_MMU_PAGES
         self.counters = {"remote_tlb_flush": 0}
         self.stats_files: list[StatsFile] = []
         self.io_bus: Final = IoBus()

@@ -112,24 +112,50 @@ class VmIoctls:
             if vcpu_id >= vm.max_vcpu_ids:
                 raise Errno(errno.EINVAL)
             vm.ops.vcpu_precreate(vcpu_id)
-            if duplicate_last and vcpu_id in vm.vcpus_by_id:
-                raise Errno(errno.EEXIST)
-            vcpu = Vcpu(vm, vcpu_id, len(vm.vcpus))
-            if vm.irqchip is not None:
-                vcpu.apic = LocalApic(vcpu)
-                vcpu.mp_state = MpState.RUNNABLE if vcpu.is_bsp else MpState.UNINITIALIZED
-            try:
-                vm.ops.vcpu_create(vcpu)
-                fd = publish_vcpu(vcpu, self._files)
-            except BaseException:
-                vm.ops.vcpu_free(vcpu)
-                vcpu.free()
-                os.close(vcpu.run.fd)
-                raise
             vm.created_vcpus += 1
-            vm.vcpus.append(vcpu)
-            vm.vcpus_by_id[vcpu_id] = vcpu
-            return fd
+            if not duplicate_last:
+                return self._add_vcpu(self._make_vcpu(vcpu_id))
+        # Kernels that look for a duplicate last make the vCPU with the lock given up: others see it as begun.
+        vcpu = self._make_vcpu(vcpu_id)
+        with vm.lock:
+            return self._add_vcpu(vcpu)
+
+    def _make_vcpu(self, vcpu_id: int) -> Vcpu:
+        vm = self._vm
+        vcpu = Vcpu(vm, vcpu_id, len(vm.vcpus))
+        if vm.irqchip is not None:
+            vcpu.apic = LocalApic(vcpu)
+            vcpu.mp_state = MpState.RUNNABLE if vcpu.is_bsp else MpState.UNINITIALIZED
+        try:
+            vm.ops.vcpu_create(vcpu)
+        except BaseException:
+            self._discard(vcpu)
+            raise
+        return vcpu
+
+    def _add_vcpu(self, vcpu: Vcpu) -> int:
+        """Make `vcpu` one of the VM's and return its fd (`lock` held)."""
+        vm = self._vm
+        if vcpu.id in vm.vcpus_by_id:
+            self._discard(vcpu)
+            raise Errno(errno.EEXIST)
+        try:
+            fd = publish_vcpu(vcpu, self._files)
+        except BaseException:
+            self._discard(vcpu)
+            raise
+        vcpu.index = len(vm.vcpus)
+        vm.vcpus.append(vcpu)
+        vm.vcpus_by_id[vcpu.id] = vcpu
+        return fd
+
+    def _discard(self, vcpu: Vcpu) -> None:
+        """Take a vCPU back that did not become one of the VM's."""
+        vm = self._vm
+        vm.created_vcpus -= 1
+        vm.ops.vcpu_free(vcpu)
+        vcpu.free()
+        os.close(vcpu.run.fd)
 
     def set_boot_cpu_id(self, vcpu_id: int) -> int:
         """KVM_SET_BOOT_CPU_ID."""
@@ -164,7 +190,7 @@ class VmIoctls:
         """KVM_SET_NR_MMU_PAGES: at least 64."""
         if pages & _U32 < 64:
             raise Errno(errno.EINVAL)
-        self._vm.nr_mmu_pages = pages & _U32
+        self._vm.has_mmu_pages = True
         return 0
 
     def set_tsc_khz(self, khz: int) -> int:

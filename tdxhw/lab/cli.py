@@ -14,14 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from tdxhw.lab import inventory
+from tdxhw.lab.console.cli import console, findings
 from tdxhw.lab.errors import HostKeyRefused, InventoryError
 from tdxhw.lab.hosts import Host
 from tdxhw.lab.options import labs_option, ssh_config_option
+from tdxhw.lab.power.cli import power
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _NEW_HOST: Final = """\
-# No secrets here: ssh takes keys, jump hosts and known hosts from its own configuration.
+# No secrets here: ssh takes keys, jump hosts and known hosts from its own configuration; a BMC's USER:PASSWORD is in
+# the environment variable that credentials_env names. Power: redfish, ipmi, command; console: ipmi-sol, command.
 host:
   name: {name}
   ssh: {ssh}
@@ -30,7 +33,7 @@ host:
   # limits: {{memory_gib: 64, run_timeout_s: 3600, test_timeout_s: 120, tds: 16}}
   # expects: {{kernel: "6.*", module: 1.5.16}}
   # power: {{driver: redfish, url: "https://bmc-{name}", credentials_env: BMC_USER_AND_PASSWORD}}
-  # console: {{driver: ipmi-sol, address: bmc-{name}, credentials_env: BMC_USER_AND_PASSWORD}}
+  # console: {{driver: ipmi-sol, address: bmc-{name}}}
 """
 
 
@@ -45,6 +48,11 @@ def _as_json(host: Host) -> dict[str, Any]:
 @click.group("lab")
 def lab() -> None:
     """Show and check the lab's hosts."""
+
+
+lab.add_command(power)
+lab.add_command(console)
+lab.add_command(findings)
 
 
 @lab.command("list")

@@ -128,9 +128,16 @@ class Session:
             raise RemoteFailed(f"{self.host.name}: {what or command[:100]}: exit code {done.exit_code}: {said}")
         return done.stdout
 
-    def python(self, script: str, *arguments: str, stdin: bytes = b"", timeout_s: float = 60) -> str:
-        """Run one of the files of `tdxhw.lab.remote` with the host's Python; return its output."""
-        source = files("tdxhw.lab.remote").joinpath(script).read_text(encoding="utf-8")
+    def python(
+        self,
+        script: str,
+        *arguments: str,
+        stdin: bytes = b"",
+        timeout_s: float = 60,
+        package: str = "tdxhw.lab.remote",
+    ) -> str:
+        """Run one of the files of `package` with the host's Python; return its output."""
+        source = files(package).joinpath(script).read_text(encoding="utf-8")
         command = shlex.join(["python3", "-c", source, *arguments])
         return self.check(command, stdin=stdin, timeout_s=timeout_s, what=f"{script} {' '.join(arguments)}".rstrip())
 

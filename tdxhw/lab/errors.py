@@ -29,3 +29,15 @@ class LeaseHeld(HarnessError):  # noqa: N818
 
 class RemoteFailed(HarnessError):  # noqa: N818
     """A command that has to work failed on a host."""
+
+
+class PowerFailed(HarnessError):  # noqa: N818
+    """A host's power could not be read or switched."""
+
+
+class PowerBusy(PowerFailed):
+    """Not now: what switches the power is busy, restarting or out of reach. Worth another try."""
+
+
+class ConsoleFailed(HarnessError):  # noqa: N818
+    """A host's console cannot be opened."""

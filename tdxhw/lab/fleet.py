@@ -160,7 +160,7 @@ def run_on_lab(
             )
             for host in hosts
         ]
-        interrupted = _run_all(runs)
+        interrupted = run_all(runs)
         logs = [run.log for run in runs if run.log.exists()]
         text = "".join(log.read_text(encoding="utf-8") for log in logs)
         results = _read(logs)
@@ -186,7 +186,7 @@ def _wishes(expression: str, hosts: Sequence[Host], wish: Wish) -> dict[str, Wis
     }
 
 
-def _run_all(runs: Sequence[HostRun]) -> bool:
+def run_all(runs: Sequence[HostRun]) -> bool:
     """Run them in a thread each; return whether somebody pressed Ctrl-C."""
     threads = [threading.Thread(target=run.run, name=run.host.name) for run in runs]
     for thread in threads:

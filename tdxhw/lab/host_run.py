@@ -66,6 +66,11 @@ class HostRun:
     on_result: Callable[[str, str, str], None] = lambda _host, _test, _outcome: None
     on_note: Callable[[str], None] = lambda _note: None
     stop: threading.Event = field(default_factory=threading.Event)
+    held: Lease | LabgridPlace | None = None  # a lease of the caller's, who gives the host back
+    after_reboot: Callable[[Session], Session] | None = None
+    """What has to happen before the run goes on after a reboot; returns the connection to go on with."""
+    rescue: Callable[[float], bool] = lambda _waited_s: False
+    """Asked again and again while the host does not answer, since `waited_s` [s]; tells whether it did something."""
     problem: str = ""  # why the host could not do its work, in one line
     exit_code: int | None = None
     _done: dict[str, None] = field(default_factory=dict)  # node ids whose tear-down arrived, in order
@@ -76,6 +81,9 @@ class HostRun:
         """Do everything. Never raises: `problem` says what went wrong."""
         try:
             with self._connect() as session:
+                if self.held is not None:
+                    self._run_under(self.held, session)
+                    return
                 lease = self._lease(session)
                 with lease:
                     if lease.note:
@@ -83,8 +91,9 @@ class HostRun:
                     self._run_under(lease, session)
         except HarnessError as error:
             self.problem = str(error)
-        if self.problem:
-            self._write(self._missing(self.problem).to_json())
+        finally:
+            if self.problem:
+                self._write(self._missing(self.problem).to_json())
 
     def _lease(self, session: Session) -> Lease | LabgridPlace:
         if self.host.lease is not None:
@@ -96,11 +105,14 @@ class HostRun:
 
     def _reconnect(self, why: ConnectionLost) -> Session:
         self.on_note(f"{why}; trying to reconnect")
-        until = time.monotonic() + RECONNECT_S
+        since = time.monotonic()
+        until = since + RECONNECT_S
         while not self.stop.wait(_RECONNECT_EVERY_S):
             try:
                 return self._connect()
             except LabUnreachable:
+                if self.rescue(time.monotonic() - since):
+                    until = time.monotonic() + RECONNECT_S
                 if time.monotonic() > until:
                     raise LabUnreachable(f"{why}, and it did not come back within {RECONNECT_S:g} s") from why
         raise LabUnreachable(f"{why}; interrupted")
@@ -119,9 +131,14 @@ class HostRun:
                         session = self._reconnect(lost)
                         opened.append(session)
                         lease.move_to(session)
-                        boot_id = self._after_the_loss(session, log, seen, boot_id)
+                        now_id = self._after_the_loss(session, log, seen, boot_id)
                         if self._ended:
                             break
+                        if now_id != boot_id and self.after_reboot is not None:
+                            session = self.after_reboot(session)
+                            opened.append(session)
+                            now_id = session.check(_BOOT_ID)
+                        boot_id = now_id
                     deployed = deploy(session, self.archive)
                     folder = f"{deployed.cache}/runs/{self.run_id}"
                     log, seen = f"{folder}/report-{attempt}.jsonl", _Bytes()
@@ -133,7 +150,8 @@ class HostRun:
                         raise
                     lost = error
         finally:
-            lease.release()
+            if self.held is None:
+                lease.release()
             for one in opened:
                 one.close()
 

@@ -23,6 +23,7 @@ _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _ENVIRONMENT_VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
 _SSH_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VERSION: Final = re.compile(r"\d+(?:\.\d+)+")
+_LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _RESERVED_NAMES: Final = frozenset({"all", "auto", "local", "sim"})
 _SECRET_KEYS: Final = frozenset({"password", "passwd", "passphrase", "secret", "token", "private_key", "key", "pin"})
 
@@ -41,6 +42,36 @@ def _url(value: Located) -> str:
     if parts.password is not None or parts.username is not None:
         value.fail(f"{value.what} carries credentials: name an environment variable with credentials_env instead")
     return text
+
+
+def _bmc_url(value: Located) -> str:
+    text = _url(value)
+    parts = urlsplit(text)
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        value.fail(f"{value.what}: http would send the password in the clear: use https (or a tunnel to 127.0.0.1)")
+    return text
+
+
+def _file(value: Located) -> str:
+    """Read a path; a relative one begins at the lab file."""
+    return str(value.path.parent / Path(value.text()).expanduser())
+
+
+def _one_of(*known: str) -> "_Reader":
+    def read(value: Located) -> str:
+        text = value.text()
+        if text not in known:
+            value.fail(f"{value.what} has to be one of: {', '.join(known)}; not {text!r}")
+        return text
+
+    return read
+
+
+def _cipher_suite(value: Located) -> int:
+    number = value.integer(0, 255)
+    if number not in (3, 17):
+        value.fail(f"{value.what} {number} protects too little: 17 (AES and SHA-256), or 3 (AES and SHA-1)")
+    return number
 
 
 def _environment_variable(value: Located) -> str:
@@ -99,10 +130,12 @@ _IPMI: Final[Mapping[str, _Reader]] = {
     "address": _address,
     "port": _port,
     "credentials_env": _environment_variable,
+    "cipher_suite": _cipher_suite,
+    "privilege": _one_of("operator", "administrator"),
 }
 POWER_DRIVERS: Final[_Schema] = {
     "redfish": (
-        {"url": _url, "system": Located.text, "credentials_env": _environment_variable},
+        {"url": _bmc_url, "system": Located.text, "ca": _file, "credentials_env": _environment_variable},
         ("url", "credentials_env"),
     ),
     "ipmi": (_IPMI, ("address", "credentials_env")),
@@ -151,8 +184,8 @@ def _ssh_target(value: Located) -> SshTarget:
 
 def _refuse_secrets(value: Located) -> None:
     for key in value.key_nodes():
-        if key.text().lower() in _SECRET_KEYS:
-            key.fail(f"{key.text()!r}: no secrets in a lab file; name an environment variable with credentials_env")
+        if key.name().lower() in _SECRET_KEYS:
+            key.fail(f"{key.name()!r}: no secrets in a lab file; name an environment variable with credentials_env")
 
 
 def _driver(value: Located, drivers: _Schema) -> Driver:
@@ -234,12 +267,21 @@ def _host(value: Located, check_capability: CapabilityCheck) -> Host:
         console=_driver(values["console"], CONSOLE_DRIVERS) if "console" in values else None,
         lease=_driver(values["lease"], LEASE_DRIVERS) if "lease" in values else None,
     )
-    borrows_address = (
-        host.console is not None and host.console.driver == "ipmi-sol" and "address" not in host.console.options
-    )
-    if borrows_address and (host.power is None or host.power.driver != "ipmi"):
-        values["console"].fail("console ipmi-sol needs an address, or power: {driver: ipmi, ...} to take it from")
+    if host.console is not None and host.console.driver == "ipmi-sol":
+        options = sol_options(host)
+        if "address" not in options:
+            values["console"].fail("console ipmi-sol needs an address, or power: {driver: ipmi, ...} to take it from")
+        if "credentials_env" not in options:
+            values["console"].fail("console ipmi-sol needs credentials_env, or a power driver to take it from")
     return host
+
+
+def sol_options(host: Host) -> Mapping[str, str | int | tuple[str, ...]]:
+    """Return the options of console ipmi-sol. What it does not say itself is as for power: it is one BMC."""
+    assert host.console is not None
+    power = host.power.options if host.power is not None else {}
+    shared = power.keys() if host.power is not None and host.power.driver == "ipmi" else {"credentials_env"}
+    return {key: value for key, value in power.items() if key in shared} | dict(host.console.options)
 
 
 # ---- the folder ----

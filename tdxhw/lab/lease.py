@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -22,6 +23,30 @@ TTL_S: Final = 300.0
 def who_am_i() -> str:
     """Return ``user@machine pid 123``: enough to find whoever holds a host."""
     return f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}"
+
+
+def this_process() -> str:
+    """Return what names this process among all that ever ran: boot, process namespace, process id, when it began."""
+    return _name(os.getpid()) or ""
+
+
+def _name(pid: int) -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        began = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {pid} {began}"
+    except OSError:
+        return None
+
+
+def _has_died(process: str) -> bool:
+    """Whether a process was one of this machine, and runs no more. False where that cannot be known."""
+    try:
+        boot, namespace, pid, _ = process.split()
+        ours = this_process().split()[:2]
+        return ours == [boot, namespace] and _name(int(pid)) != process
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +74,11 @@ class Holder:
 class Lease:
     """A context in which the host is ours. `note` says from whom an expired lease was taken over."""
 
-    def __init__(self, session: Session, reason: str, *, ttl_s: float = TTL_S, folder: str = "-") -> None:
+    def __init__(
+        self, session: Session, reason: str, *, ttl_s: float = TTL_S, folder: str = "-", persistent: bool = False
+    ) -> None:
         self.note = ""
+        self._persistent = persistent  # over reboots of the host
         self._session = session
         self._reason = reason
         self._ttl_s = ttl_s
@@ -60,14 +88,23 @@ class Lease:
         self._keeper: threading.Thread | None = None
 
     def take(self) -> None:
-        """Take the host, or raise ``LeaseHeld`` that says who has it until when."""
-        answer = self._ask("take", owner=who_am_i(), reason=self._reason, ttl_s=self._ttl_s)
+        """Take the host, or raise ``LeaseHeld`` that says who has it until when.
+
+        What a run on this machine left behind that has died is taken over at once.
+        """
+        wish = {"owner": who_am_i(), "reason": self._reason, "ttl_s": self._ttl_s, "process": this_process()}
+        wish["persistent"] = self._persistent
+        state = "expired"
+        answer = self._ask("take", **wish)
+        if not answer["ok"] and _has_died(died := str(answer["holder"].get("process", ""))):
+            state = "abandoned"
+            answer = self._ask("take", **wish, instead_of=died)
         if not answer["ok"]:
             holder = Holder.of(answer["holder"], answer["now"])
             raise LeaseHeld(f"{self._session.host.name} is taken by {holder}")
         if answer["taken_over"]:
             before = Holder.of(answer["taken_over"], answer["now"])
-            self.note = f"{self._session.host.name}: took over the expired lease of {before.owner} ({before.reason})"
+            self.note = f"{self._session.host.name}: took over the {state} lease of {before.owner} ({before.reason})"
 
     def move_to(self, session: Session) -> None:
         """Go on over another connection, after the first was lost. ``LeaseHeld`` if somebody else got the host."""

@@ -17,10 +17,11 @@ except ImportError as missing:
     raise InventoryError("lab files are read with PyYAML: pip install 'tdxhw[lab]'") from missing
 
 _STRING: Final = "tag:yaml.org,2002:str"
+_BOOLEAN: Final = "tag:yaml.org,2002:bool"
 _INTEGER: Final = "tag:yaml.org,2002:int"
 _NULL: Final = "tag:yaml.org,2002:null"
 _WORDS: Final = {
-    "tag:yaml.org,2002:bool": "true/false",
+    _BOOLEAN: "true/false",
     "tag:yaml.org,2002:float": "a fractional number",
     "tag:yaml.org,2002:timestamp": "a date",
     _INTEGER: "a number",
@@ -84,7 +85,7 @@ class Located:
         prefix = "" if self.what == "the file" else f"{self.what}."
         values: dict[str, Located] = {}
         for key, value in self._pairs():
-            name = key.text()
+            name = key.name()
             if name in values:
                 key.fail(f"{key.what} {name!r} is there twice, first on line {values[name].key_line}")
             if name not in names:
@@ -116,6 +117,11 @@ class Located:
         if not isinstance(self.node, yaml.SequenceNode):
             self._wants("a list")
         return [Located(self.path, node, f"{self.what}[{index}]") for index, node in enumerate(self.node.value)]
+
+    def name(self) -> str:
+        """Return a key as it is written: to YAML 1.1 a plain ``on`` and ``off`` are true and false."""
+        is_word = isinstance(self.node, yaml.ScalarNode) and self.node.tag == _BOOLEAN
+        return str(self.node.value) if is_word else self.text()
 
     def text(self) -> str:
         """Return a non-empty text."""

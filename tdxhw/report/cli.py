@@ -19,6 +19,7 @@ from tdxhw.report.compare import compare as compare_results
 from tdxhw.report.errors import ReportError
 from tdxhw.report.read import read_all
 from tdxhw.report.results import Results
+from tdxhw.report.trends import Trends, trends
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 _COLOUR: Final = {
@@ -83,6 +84,7 @@ def _with_formats(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--kcidb-build", metavar="ID", help="Build that was tested; else one is made per kernel release.")
 @click.option("--git-commit", metavar="SHA1", help="Commit of the tested kernel.")
 @click.option("--github", "github_", is_flag=True, help="Annotate, and add to the step summary of this workflow.")
+@click.option("--history", metavar="FILE|URL", help="Add trends over kernels to the HTML page.")
 def report(
     results: tuple[Path, ...],
     kcidb_file: Path | None,
@@ -90,6 +92,7 @@ def report(
     kcidb_checkout: str | None,
     kcidb_build: str | None,
     git_commit: str | None,
+    history: str | None,
     *,
     github_: bool,
     **formats: Path | None,
@@ -100,8 +103,13 @@ def report(
     """
     merged = read_all(results)
     wanted = [(entry, path) for entry in FORMATS if (path := formats[entry.option]) is not None]
+    if history is not None and formats["html"] is None:
+        raise ReportError("--history adds trends to the HTML page: --html says where that goes")
     for entry, path in wanted:
-        write(path, entry.render(merged))
+        if entry.option == "html" and history is not None:
+            write(path, html.render(merged, trends=_trends(merged, history)))
+        else:
+            write(path, entry.render(merged))
     if kcidb_file is not None:
         submission = kcidb.Submission(kcidb_origin, kcidb_checkout, kcidb_build, git_commit)
         write(kcidb_file, json.dumps(kcidb.document(merged, submission), indent=1) + "\n")
@@ -112,6 +120,27 @@ def report(
         click.echo(f"{len(merged.results)} results: {counts or 'none'}")
         for note in merged.notes:
             click.echo(note)
+
+
+def _trends(results: Results, history: str) -> list[Trends]:
+    """Return how the tests of these results did over kernels, hardware and simulator each for itself."""
+    from tdxhw.history.cli import open_history
+
+    found = []
+    with open_history(history, create=False) as opened:
+        from tdxhw.history.queries import over_kernels
+
+        for kind, simulated in (("hardware", False), ("the simulator", True)):
+            here = [result for result in results.results if result.is_simulated is simulated]
+            if not here:
+                continue
+            names = sorted({result.name for result in here})
+            # A simulated host has one kernel, its profile's: over kernels it is over hosts.
+            hosts = None if simulated else sorted({result.host for result in here})
+            points = over_kernels(opened.database, names, hosts=hosts, simulated=simulated)
+            on_page = {result.provenance["kernel"] for result in here if "kernel" in result.provenance}
+            found.append(trends(kind, hosts or (), points, sorted(on_page)))
+    return found
 
 
 def _tell_github(results: Results) -> None:

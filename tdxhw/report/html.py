@@ -1,5 +1,6 @@
 """One self-contained HTML page: opens without a network, failures first, filters by host, suite, kernel, module."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Final
@@ -7,6 +8,7 @@ from typing import Final
 from tdxhw.report.errors import ReportError
 from tdxhw.report.plain_text import printable
 from tdxhw.report.results import SEVERITY, Result, Results, Status
+from tdxhw.report.trends import HEIGHT, WIDTH, Trends
 
 _LABELS: Final = {
     Status.PASS: "passed",
@@ -33,8 +35,8 @@ def _value(result: Result, key: str) -> str:
             return result.provenance.get(key, "-")
 
 
-def render(results: Results, *, title: str = "tdxhw results") -> str:
-    """Return the page. ``ReportError`` if Jinja2 is not installed."""
+def render(results: Results, *, title: str = "tdxhw results", trends: Sequence[Trends] = ()) -> str:
+    """Return the page, with `trends` over kernels if given. ``ReportError`` if Jinja2 is not installed."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -62,6 +64,8 @@ def render(results: Results, *, title: str = "tdxhw results") -> str:
         sources=results.sources,
         duration_s=results.duration_s,
         started=datetime.fromtimestamp(min(started), UTC).strftime("%Y-%m-%d %H:%M UTC") if started else "",
+        trends=trends,
+        size=(WIDTH, HEIGHT),
         only_simulated=all(result.is_simulated for result in results.results) and bool(rows),
     )
     return page + "\n"

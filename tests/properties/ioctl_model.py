@@ -1,21 +1,25 @@
 """What has to happen: an independent, small model of the ioctls on TDs, in both dialects.
 
-Written from the semantics of Linux 7.3 and of the v17 series, knows nothing of `sim_backend`. Each method says how
-the call ends (`attempt` in ioctl_vocabulary.py has the words) and takes note of what it changes. ``?`` is used
-where nobody knows.
+Written from the semantics of Linux 7.3, 7.2, 6.18, 6.16 and of the v17 series, knows nothing of `sim_backend`. Each
+method says how the call ends (`attempt` in ioctl_vocabulary.py has the words) and takes note of what it changes.
+``?`` is used where nobody knows.
 """
 
 from dataclasses import dataclass, field
 
 PAGE = 4096
-S_BIT_GFN = 1 << 35
 IMAGE_GFN = 0xFFFF0
 IMAGE_PAGES = 16
 RESET_GFN = 0xFFFFF
 GUEST_MEMFD, PRIVATE = 4, 8
 LOG_DIRTY, READONLY = 1, 2
 PROGRAM_PAGES = 4
+MAP_GPA_STEP = PROGRAM_PAGES
+"""After its pages the program calls MapGPA, to make one page private."""
+MAPPED_GPA = 0x6000
 MOST_VCPUS = 4
+OLD_TDX_SIDE = frozenset({"6.16", "6.18"})
+"""Releases before the TDX side was reworked (6.19)."""
 
 
 @dataclass(eq=False)
@@ -24,6 +28,7 @@ class Gmem:
     vm: "Vm"
     pages: int
     is_open: bool = True
+    filled: set[int] = field(default_factory=set)  # by KVM_TDX_INIT_MEM_REGION, and no hole since
 
 
 @dataclass(eq=False)
@@ -47,7 +52,9 @@ class Vcpu:
     has_x2apic: bool = False
     initialized: bool = False
     has_run: bool = False
-    at_page: int = 0  # which page the guest program accepts next
+    at_page: int = 0  # which page the guest program accepts next, or MAP_GPA_STEP
+    in_map_gpa: bool = False  # KVM_EXIT_HYPERCALL was the last exit
+    in_loop: bool = False  # the program has set itself up, and takes NMIs
     faults: int = 0  # how often in a row it could not
 
     @property
@@ -66,12 +73,19 @@ class Vm:
     has_key: bool = False
     released: bool = False
     irqchip: bool = False
+    exit_hypercall: bool = False
+    gpaw52: bool = False
     image: bool = False  # the program is in place, and stays there
     vcpus: list[Vcpu] = field(default_factory=list)
     gmems: list[Gmem] = field(default_factory=list)
     slots: dict[int, Slot] = field(default_factory=dict)
     private: set[int] = field(default_factory=set)
     mapped: set[int] = field(default_factory=set)
+
+    @property
+    def shared_gfn(self) -> int:
+        """The GFN of the S-bit."""
+        return 1 << (39 if self.gpaw52 else 35)
 
     @property
     def is_alive(self) -> bool:
@@ -96,10 +110,12 @@ class Vm:
 
 
 class Model:
-    """One host with `hkids` key ids for TDs."""
+    """One host with `hkids` key ids for TDs; `release` is a Linux release or ``v17``."""
 
-    def __init__(self, *, v17: bool, hkids: int) -> None:
-        self.v17 = v17
+    def __init__(self, *, release: str, hkids: int) -> None:
+        self.release = release
+        self.v17 = release == "v17"
+        self.old_tdx_side = release in OLD_TDX_SIDE
         self.hkids = hkids
 
     # ---- the VM -----------------------------------------------------------------------------------------
@@ -116,12 +132,16 @@ class Model:
                 return "EEXIST"
             vm.irqchip = True
         elif cap == "X2APIC_API":
-            known = 3 if self.v17 else 15
+            known = 3 if self.release in ("v17", "6.16") else 15
             if value & ~known or value & 12 == 12 or (value & 4 and not vm.irqchip):
                 return "EINVAL"
+        elif cap == "EXIT_HYPERCALL":
+            if value & ~(1 << 12):
+                return "EINVAL"
+            vm.exit_hypercall = bool(value)
         return "OK"
 
-    def init_vm(self, vm: Vm, spoiled: str) -> str:
+    def init_vm(self, vm: Vm, spoiled: str, gpaw: int = 48) -> str:
         """`spoiled` says what is wrong with the call, if anything."""
         if refused := vm.gate(vm):
             return refused
@@ -143,6 +163,7 @@ class Model:
             return "EINVAL"  # from the module: the HKID comes back
         self.hkids -= 1
         vm.has_key, vm.state = True, "initialized"
+        vm.gpaw52 = gpaw == 52
         return "OK"
 
     def finalize(self, vm: Vm) -> str:
@@ -205,13 +226,16 @@ class Model:
                 return "EBADF"
             if gmem.vm is not vm or offset // PAGE + npages > gmem.pages:
                 return "EINVAL"
-        if vm.state != "uninitialized" and gfn + npages - 1 >= S_BIT_GFN:
-            return "EINVAL"
         pgoff = offset // PAGE
-        if with_gmem and any(
+        bound = with_gmem and any(
             one.gmem is gmem and one.pgoff < pgoff + npages and pgoff < one.pgoff + one.npages
             for one in vm.slots.values()
-        ):
+        )
+        if bound and self.release in ("6.16", "6.18", "7.2"):
+            return "EEXIST" if self.release == "7.2" else "EINVAL"
+        if vm.state != "uninitialized" and gfn + npages - 1 >= vm.shared_gfn:
+            return "EINVAL"
+        if bound:
             return "EINVAL" if self.v17 else "EEXIST"
         if old is not None and old.gfn != gfn:
             vm.unmap(old.gfn, old.npages)
@@ -247,6 +271,7 @@ class Model:
 
     @staticmethod
     def _zap_file(gmem: Gmem, start: int, npages: int) -> None:
+        gmem.filled.difference_update(range(start, start + npages))
         for slot in gmem.vm.slots.values():
             if slot.gmem is gmem:
                 low, high = max(start, slot.pgoff), min(start + npages, slot.pgoff + slot.npages)
@@ -260,7 +285,7 @@ class Model:
             return refused
         if vcpu_id >= 4096 or (not self.v17 and len(vm.vcpus) >= MOST_VCPUS):
             return "EINVAL"
-        if not self.v17 and any(vcpu.id == vcpu_id for vcpu in vm.vcpus):
+        if self.release == "7.3" and any(vcpu.id == vcpu_id for vcpu in vm.vcpus):
             return "EEXIST"
         if not self.v17 and vm.state != "initialized":
             return "EIO"
@@ -289,13 +314,13 @@ class Model:
         vm = vcpu.vm
         if refused := vm.gate(vcpu):
             return refused
-        if spoiled == "unreadable" and not self.v17:
+        if spoiled == "unreadable" and not self.v17 and not self.old_tdx_side:
             return "EFAULT"
-        if not vm.has_key or vm.state == "runnable" or vcpu.initialized:
-            return "EFAULT" if spoiled == "unreadable" and not self.v17 else "EINVAL"
+        if not vm.has_key or vm.state == "runnable" or (vcpu.initialized and self.v17):
+            return "EINVAL"
         if spoiled == "unreadable":
             return "EFAULT"
-        if spoiled or not vcpu.has_x2apic:
+        if vcpu.initialized or spoiled or not vcpu.has_x2apic:
             return "EINVAL"
         vcpu.initialized = True
         return "OK"
@@ -325,13 +350,16 @@ class Model:
         if vm.state != "initialized" or (not self.v17 and not vcpu.initialized) or flags & ~1:
             return "EINVAL", 0
         last = gpa // PAGE + pages - (0 if self.v17 else 1)
-        if source == "unaligned" or (source == "zero" and not self.v17) or gpa % PAGE or not pages:
+        if source == "unaligned" or (source == "zero" and self.release == "7.3") or gpa % PAGE or not pages:
             return "EINVAL", 0
-        if (gpa // PAGE) & S_BIT_GFN or last & S_BIT_GFN:
+        if (gpa // PAGE) & vm.shared_gfn or last & vm.shared_gfn:
             return "EINVAL", 0
         for done in range(pages):
             gfn = gpa // PAGE + done
-            failure = self._add_page_v17(vm, first, gfn, source) if self.v17 else self._add_page(vm, gfn, source)
+            if self.v17:
+                failure = self._add_page_v17(vm, first, gfn, source)
+            else:
+                failure = self._add_page_6_16(vm, gfn, source) if self.old_tdx_side else self._add_page(vm, gfn, source)
             if failure:
                 return ("EAGAIN" if self.v17 and done else failure), done
             vm.mapped.add(gfn)
@@ -342,11 +370,30 @@ class Model:
         slot = vm.slot_at(gfn)
         if slot is None or slot.gmem is None:
             return "EINVAL"
-        if not slot.gmem.is_open or source != "good":
+        if not slot.gmem.is_open or source == "unmapped":
             return "EFAULT"
         if gfn not in vm.private:
             return "EINVAL"
+        if source == "zero":  # 7.3 has refused it long ago
+            return "EOPNOTSUPP"
         return "EIO" if gfn in vm.mapped else ""
+
+    @staticmethod
+    def _add_page_6_16(vm: Vm, gfn: int, source: str) -> str:
+        slot = vm.slot_at(gfn)
+        if slot is None or slot.gmem is None:
+            return "EINVAL"
+        if not slot.gmem.is_open:
+            return "EFAULT"
+        index = gfn - slot.gfn + slot.pgoff
+        if index in slot.gmem.filled:
+            return "EEXIST"
+        if gfn not in vm.private:
+            return "EINVAL"
+        if source != "good":
+            return "EFAULT"
+        slot.gmem.filled.add(index)
+        return ""
 
     @staticmethod
     def _add_page_v17(vm: Vm, first: Vcpu, gfn: int, source: str) -> str:
@@ -372,7 +419,7 @@ class Model:
         for done in range(size // PAGE):
             gfn = gpa // PAGE + done
             failure = ""
-            if gfn & S_BIT_GFN:
+            if gfn & vm.shared_gfn:
                 failure = "EINVAL"
             elif not vcpu.initialized:
                 vm.dead = True
@@ -388,10 +435,15 @@ class Model:
                 return ("OK" if done else failure), done
         return "OK", size // PAGE
 
-    def run(self, vcpu: Vcpu, immediate: int) -> str:
+    def run(self, vcpu: Vcpu, immediate: int, ret: int = 0) -> str:
+        """`ret` is user space's answer to MapGPA, where that was the last exit."""
         vm = vcpu.vm
         if refused := vm.gate(vcpu):
             return refused
+        if vcpu.in_map_gpa:
+            vcpu.in_map_gpa = False
+            if ret and not self.map_gpa_takes(ret):
+                return "EINVAL"
         if immediate:
             return "EINTR"
         if not vcpu.initialized:
@@ -406,6 +458,13 @@ class Model:
         if not vm.image:
             vcpu.faults += 1
             return "?" if RESET_GFN in vm.private else "EFAULT"
+        if vcpu.at_page == MAP_GPA_STEP:
+            vcpu.at_page = 0
+            if self.v17:
+                return "KVM_EXIT_TDX"
+            if vm.exit_hypercall:
+                vcpu.in_map_gpa = True
+                return f"KVM_EXIT_HYPERCALL {MAPPED_GPA:#x} 1 16"
         gfn = vcpu.at_page
         if gfn not in vm.mapped:
             if not vm.can_be_private(gfn):
@@ -413,8 +472,16 @@ class Model:
                 return "EFAULT"
             vm.mapped.add(gfn)
         vcpu.faults = 0
-        vcpu.at_page = (gfn + 1) % PROGRAM_PAGES
+        vcpu.in_loop = True
+        vcpu.at_page = gfn + 1
         return f"KVM_EXIT_IO {0x40 + gfn:#x}"
+
+    def map_gpa_takes(self, ret: int) -> bool:
+        """Tell whether KVM passes `ret` on to the guest: before 7.0 any error, later EAGAIN and EINVAL only."""
+        return self.old_tdx_side or ret in (11, 22)
+
+    def nmi(self, vcpu: Vcpu) -> str:
+        return vcpu.vm.gate(vcpu) or "OK"
 
     # ---- the end ----------------------------------------------------------------------------------------
 

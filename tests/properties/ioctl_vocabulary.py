@@ -32,7 +32,7 @@ IMAGE = {
     0x2018: "0340ffff",
     0x3000: "8300000000000000830000000080",
     0x4FF8: "8300e0ff000000000000000000000000ffff0000009baf00ffff00000093cf",
-    0x5040: "17000050ffff",
+    0x5040: "17000050ffff00000000000000000000ff0f0090ffff",
     0x6000: (
         "48bc0080ffff0000000048b85050ffff000000000f011848b9000000000000000048b80600000000000000660f01cc49bc04"
         "0000000000000049bd010000000000000049be400000000000000049bf000000000000000048b900fc00000000000049ba00"
@@ -43,11 +43,17 @@ IMAGE = {
         "00000048b900fc00000000000049ba000000000000000049bb1e0000000000000048b80000000000000000660f01cc48b900"
         "3000000000000048b80600000000000000660f01cc49bc040000000000000049bd010000000000000049be43000000000000"
         "0049bf030000000000000048b900fc00000000000049ba000000000000000049bb1e0000000000000048b800000000000000"
-        "00660f01cce94bfeffff"
+        "00660f01cc49bc006000000000000049bd001000000000000049be000000000000000049bf000000000000000048b900fc00"
+        "000000000049ba000000000000000049bb010001000000000048b80000000000000000660f01cce9f7fdffff"
     ),
+    0x9021: "a00800008effff",
+    0xA000: "48ff05f907000048cf",
     0xFFF0: "e90b00ffff",
 }
-"""64 KiB below 4 GiB, zeros left out: into 64-bit mode, then for ever: accept page 0, OUT to 0x40, page 1, 0x41, …"""
+"""64 KiB below 4 GiB, zeros left out: into 64-bit mode, then for ever: accept page 0, OUT to 0x40, page 1, …, MapGPA.
+
+NMIs have a handler, which counts and returns.
+"""
 
 
 class Memory:
@@ -75,21 +81,23 @@ def entry(function: int, index: int = 0, flags: int = 0, **registers: int) -> Kv
     return made
 
 
-def init_vm(dialect: str, *, attributes: int = 0, xfam: int = 3, repeat: int = 1, padding: int = 0) -> Any:
+def init_vm(
+    dialect: str, *, attributes: int = 0, xfam: int = 3, repeat: int = 1, padding: int = 0, gpaw: int = 48
+) -> Any:
     """Return the structure for KVM_TDX_INIT_VM; `repeat` is how often the last CPUID entry is in it."""
     made: Any
     if dialect == "v17":
         last = [entry(0x8000_0008, eax=48)] * repeat
         made = KvmTdxInitVmV17.of([entry(0xD, 0, 1, eax=xfam), entry(1, ecx=1 << 21), entry(0x8000_0000), *last])
     else:
-        made = KvmTdxInitVm.of([entry(0x8000_0008, eax=48 << 16)] * repeat)
+        made = KvmTdxInitVm.of([entry(0x8000_0008, eax=gpaw << 16)] * repeat)
         made.xfam = xfam
     made.cpuid.padding = padding
     made.attributes = attributes
     return made
 
 
-def cpuid(dialect: str, *, x2apic: bool = True, virt_bits: int = 48, nent: int = 0) -> KvmCpuid2:
+def cpuid(dialect: str, *, x2apic: bool = True, virt_bits: int = 48, nent: int = 0, gpaw: int = 48) -> KvmCpuid2:
     """Return the table for KVM_SET_CPUID2; `nent` overstates its length."""
     shift = 0 if dialect == "v17" else 16
     made = KvmCpuid2.of(
@@ -97,7 +105,7 @@ def cpuid(dialect: str, *, x2apic: bool = True, virt_bits: int = 48, nent: int =
             entry(0, eax=0x21),
             entry(1, ecx=int(x2apic) << 21),
             entry(0x8000_0000, eax=0x8000_0008),
-            entry(0x8000_0008, eax=48 << shift | virt_bits << 8 | (48 if dialect == "v17" else 52)),
+            entry(0x8000_0008, eax=gpaw << shift | virt_bits << 8 | (48 if dialect == "v17" else 52)),
         ]
     )
     if nent:
@@ -112,11 +120,19 @@ def command(target: Any, number: int, *, hw_error: int = 0) -> Any:
     return made
 
 
-def run(vcpu: Any, *, immediate: int = 0) -> str:
-    """KVM_RUN; return what came out in words."""
-    vcpu.kvm_run.immediate_exit = immediate
+def run(vcpu: Any, *, immediate: int = 0, ret: int | None = None) -> str:
+    """KVM_RUN, after `ret` as the answer to a hypercall; return what came out in words."""
+    page = vcpu.kvm_run
+    page.immediate_exit = immediate
+    if ret is not None:
+        page.hypercall.ret = ret
     reason = KvmExit.name_of(vcpu.run())
-    return f"{reason} {vcpu.kvm_run.io.port:#x}" if reason == "KVM_EXIT_IO" else reason
+    if reason == "KVM_EXIT_IO":
+        return f"{reason} {page.io.port:#x}"
+    if reason == "KVM_EXIT_HYPERCALL":
+        gpa, pages, attributes = page.hypercall.args[:3]
+        return f"{reason} {gpa:#x} {pages} {attributes}"
+    return reason
 
 
 def ports() -> Memory:

@@ -1,15 +1,18 @@
 #!/bin/sh
 # Make the root file system of the lab's virtual machine from Debian packages. Called by tests/lab/vm_image.py.
-# Usage: build_root.sh ROOT.tar PUBLIC_KEY    (root; mmdebstrap checks the archive's signatures)
+# Usage: build_root.sh ROOT.tar PUBLIC_KEY [ROOT_DEVICE [PACKAGE,PACKAGE...]]
+# (root; mmdebstrap checks the archive's signatures)
 set -eu
 tar=$1
 key=$2
+device=${3:-/dev/vda}
+further=${4:+,$4}
 
 # What tdxhw assumes of a host: Python and sshd, no internet. The kernel's own KVM is what the suites run on.
 packages=linux-image-amd64,openssh-server,python3-minimal,libpython3-stdlib,systemd-sysv,iproute2,procps,udev
 
 mmdebstrap --quiet --mode=root --variant=minbase --format=tar \
-    --include="$packages,initramfs-tools" \
+    --include="$packages,initramfs-tools$further" \
     --aptopt='Apt::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
     --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -20,7 +23,7 @@ mmdebstrap --quiet --mode=root --variant=minbase --format=tar \
     --essential-hook='printf "MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n" >"$1/etc/initramfs-tools/conf.d/tdxhw"' \
     --essential-hook='printf "virtio_pci\nvirtio_blk\next4\n" >>"$1/etc/initramfs-tools/modules"' \
     --customize-hook='echo tdxhw-vm >"$1/etc/hostname"' \
-    --customize-hook='printf "/dev/vda / ext4 defaults 0 1\n" >"$1/etc/fstab"' \
+    --customize-hook='printf "'"$device"' / ext4 defaults 0 1\n" >"$1/etc/fstab"' \
     --customize-hook='mkdir -p -m 700 "$1/root/.ssh"' \
     --customize-hook="upload '$key' /root/.ssh/authorized_keys" \
     --customize-hook='chmod 600 "$1/root/.ssh/authorized_keys"' \

@@ -7,6 +7,7 @@ reports; while one is in service the guest is stepped, so that the IRET is seen.
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.engine import Cpu
+from sim_backend.kvm.errors import NotModelled
 from sim_backend.kvm.guest_paging import read_guest, translate
 from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION_U32, UNION_U64
 
@@ -68,7 +69,6 @@ def stepped(vcpu: "Vcpu", cpu: Cpu, step: Stepping) -> bool:
         return debug_exit(vcpu, cpu, DB, DR6_SINGLE_STEP)
     if step.guest_traps:
         cpu.inject(cpu.exit.interruption_info)
-        vcpu.vendor.injected = True
     return True
 
 
@@ -91,11 +91,13 @@ def _linear_rip(cpu: Cpu) -> int:
 
 
 def _breakpoints_at(vcpu: "Vcpu", cpu: Cpu) -> int:
-    """Return the DR6 bits of the enabled execution breakpoints at RIP; data breakpoints never match."""
+    """Return the DR6 bits of the enabled execution breakpoints at RIP."""
     if not vcpu.uses_hardware_breakpoints():
         return 0
     registers = vcpu.guest_debug_registers
     dr7, linear = registers[7], _linear_rip(cpu)
+    if any(dr7 >> 2 * index & 3 and dr7 >> (16 + 4 * index) & 3 for index in range(_DEBUG_ADDRESSES)):
+        raise NotModelled(f"data and I/O breakpoints of KVM_SET_GUEST_DEBUG (DR7 {dr7:#x})")
     return sum(
         1 << index
         for index in range(_DEBUG_ADDRESSES)

@@ -5,135 +5,161 @@ abandons the attempt; it is made again when the answer is there, with the answer
 posted: the instruction completes, and the exits follow, at most 8 bytes each.
 """
 
+import struct
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from sim_backend.cpu.engine import Cpu
-from sim_backend.hw.gprs import RAX, RCX, RDI, RSI, RSP
+from sim_backend.cpu.engine import Cpu, ExitReason
+from sim_backend.hw.gprs import RAX, RCX, RSP
 from sim_backend.kvm.default_vm import alu, memory_instructions
 from sim_backend.kvm.default_vm.attempt import (
-    FRAGMENT,
-    LONGEST,
     Attempt,
+    Decoded,
     GuestException,
+    NeedsPort,
     NeedsRead,
     PageFault,
     Unhandled,
+    not_modelled,
 )
 from sim_backend.kvm.default_vm.guest_events import UD, raise_in_guest
 from sim_backend.kvm.default_vm.instruction import DecodeError, Decoder, Instruction, NotDecoded, segment_of
-from sim_backend.kvm.guest_paging import read_guest, translate
-from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION, UNION_U32, UNION_U64
+from sim_backend.kvm.default_vm.io_exits import (
+    exit_for_mmio_read,
+    exit_for_mmio_writes,
+    exit_for_port_read,
+    exit_for_port_write,
+    port_data,
+)
+from sim_backend.kvm.default_vm.string_instructions import STRINGS, execute_string, goes_on
+from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION_U32, UNION_U64
 
 if TYPE_CHECKING:
     from sim_backend.kvm.vcpu import Vcpu
 
-KVM_EXIT_MMIO: Final = 6
 KVM_EXIT_INTERNAL_ERROR: Final = 17
 KVM_INTERNAL_ERROR_EMULATION: Final = 1
-_RFLAGS_DF: Final = 1 << 10
+_PREFIXES: Final = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3, *range(0x40, 0x50)))
+_STRING_IO: Final = (b"\x6c", b"\x6d", b"\x6e", b"\x6f")
+_FLAG_INSTRUCTION_BYTES: Final = 1
+_INSTRUCTION: Final = struct.Struct("<QQ")  # size [bytes], then 15 bytes
+_SVM: Final = 1  # KVM_STATE_NESTED_FORMAT_SVM
+_SVM_EXIT_NPF: Final = 0x400
+_NPF_WRITE, _NPF_USER, _NPF_RESERVED, _NPF_FETCH = 1 << 1, 1 << 2, 1 << 3, 1 << 4
+_NPF_GUEST_PAGE: Final = 1 << 32  # it came from translating the final address
+_RFLAGS_RF: Final = 1 << 16
 _U64: Final = (1 << 64) - 1
 
 
-def emulate_instruction(vcpu: "Vcpu", cpu: Cpu, gpa: int, gla: int) -> bool:
+def emulate_instruction(vcpu: "Vcpu", cpu: Cpu) -> bool:
     """Emulate the instruction at RIP; return as every exit handler does."""
-    del gpa, gla
-    return _attempt(vcpu, cpu, [])
-
-
-def _attempt(vcpu: "Vcpu", cpu: Cpu, answers: list[bytes]) -> bool:
     state = cpu.get_state()
-    attempt = Execution(vcpu, cpu, state, answers)
     try:
-        code = attempt.fetch()
+        code = Execution.fetch(vcpu, cpu, state)
         instruction = Decoder(cpu, state, code).decode()
-        attempt.execute(instruction)
-    except NeedsRead as read:
-        return _exit_for_read(vcpu, cpu, answers, read.gpa, read.size)
-    except PageFault as fault:
-        state.cr2 = fault.linear
-        cpu.set_state(state)
-        return raise_in_guest(vcpu, cpu, 14, (2 if fault.write else 0) | (4 if cpu.cpl() == 3 else 0))
-    except GuestException as exception:
-        return raise_in_guest(vcpu, cpu, exception.vector)
     except (DecodeError, Unhandled):
         return emulation_failure(vcpu, cpu)
     except NotDecoded:
-        raise attempt.not_modelled() from None
+        raise not_modelled(cpu, code) from None
+    decoded = Decoded(state, list(cpu.gprs), cpu.rip, cpu.rflags, cpu.in_64bit_mode(), instruction, code, [], [])
+    vcpu.registers_set = False
+    return _execute(vcpu, cpu, decoded)
+
+
+def at_string_io(vcpu: "Vcpu", cpu: Cpu) -> bool:
+    """Tell whether INS or OUTS is at RIP."""
+    try:
+        code = Execution.fetch(vcpu, cpu, cpu.get_state())
+    except Unhandled:
+        return False
+    return code.lstrip(_PREFIXES)[:1] in _STRING_IO
+
+
+def _execute(vcpu: "Vcpu", cpu: Cpu, decoded: Decoded) -> bool:
+    """Execute what was decoded, repeatedly where it is a repeated string instruction, or go to user space first."""
+    decoded.stale |= vcpu.registers_set
+    while True:
+        attempt = Execution(vcpu, cpu, decoded)
+        try:
+            attempt.execute(copy(decoded.instruction))
+        except (NeedsRead, NeedsPort) as read:
+            return _ask(vcpu, cpu, decoded, read)
+        except PageFault as fault:
+            state = cpu.get_state()
+            state.cr2 = fault.linear
+            cpu.set_state(state)
+            return raise_in_guest(vcpu, cpu, 14, (2 if fault.write else 0) | (4 if cpu.cpl() == 3 else 0))
+        except GuestException as exception:
+            return raise_in_guest(vcpu, cpu, exception.vector)
+        except Unhandled:
+            return emulation_failure(vcpu, cpu)
+        exits = attempt.port_write is not None or bool(attempt.fragments)
+        if exits or not goes_on(attempt, decoded):
+            break
+        attempt.commit_gprs()
+        decoded.operands, decoded.rflags, decoded.reads = list(attempt.gprs), attempt.rflags, []
     attempt.commit()
+    if attempt.port_write is not None:
+        return exit_for_port_write(vcpu, *attempt.port_write)
     if attempt.fragments:
-        return _exit_for_writes(vcpu, attempt.fragments)
+        return exit_for_mmio_writes(vcpu, attempt.fragments)
     return True
 
 
-def emulation_failure(vcpu: "Vcpu", cpu: Cpu) -> bool:
-    """Report an instruction that cannot be emulated (prepare_emulation_failure_exit); #UD waits for the next entry.
+def _ask(vcpu: "Vcpu", cpu: Cpu, decoded: Decoded, read: NeedsRead | NeedsPort) -> bool:
+    """Exit for a read; RIP and RFLAGS stay as they were until the instruction is over."""
 
-    Not where kvm_pvm's interpreter could not even fetch it: there the next entry tries to fetch again.
+    def resume(answer: bytes) -> bool:
+        decoded.answers.append(answer)
+        return _execute(vcpu, cpu, decoded)
+
+    if isinstance(read, NeedsRead):
+        return exit_for_mmio_read(vcpu, read.gpa, read.size, resume)
+    length = read.size * read.count
+    return exit_for_port_read(vcpu, read.port, read.size, read.count, lambda: resume(port_data(vcpu, length)))
+
+
+def emulation_failure(vcpu: "Vcpu", cpu: Cpu) -> bool:
+    """Report an instruction that cannot be emulated, or make it #UD (`handle_emulation_failure`).
+
+    User space hears of it when it asked to, and the guest does not; or when it is the guest's kernel, which takes its
+    #UD at the next entry. Not where kvm_pvm's interpreter met it: there the next entry tries again.
     """
+    try:
+        code = Execution.fetch(vcpu, cpu, cpu.get_state())
+    except Unhandled:
+        code = b""
+    if not vcpu.vm.exit_on_emulation_failure:
+        if cpu.cpl():
+            return raise_in_guest(vcpu, cpu, UD)
+        if not vcpu.vm.host.profile.behaves("interprets_guest_code"):
+            vcpu.queue_exception(UD)
+    words = [0]  # flags
+    if code:
+        in_first_page = code[: 0x1000 - (cpu.rip & 0xFFF)]
+        words[0] = _FLAG_INSTRUCTION_BYTES
+        words += _INSTRUCTION.unpack(bytes((len(in_first_page),)) + in_first_page.ljust(_INSTRUCTION.size - 1, b"\x90"))
+    words += exit_information(vcpu, cpu)
     run = vcpu.run
-    code = b""
-    state = cpu.get_state()
-    physical = translate(vcpu, state.cs.base + cpu.rip & _U64)
-    if physical is not None:
-        code = read_guest(vcpu.vm, physical, LONGEST) or b""
     run.u32[EXIT_REASON] = KVM_EXIT_INTERNAL_ERROR
     run.u32[UNION_U32] = KVM_INTERNAL_ERROR_EMULATION
-    run.u32[UNION_U32 + 1] = 1
-    run.u64[UNION_U64 + 1] = 0
-    if code or not vcpu.vm.host.profile.behaves("interprets_guest_code"):
-        vcpu.queue_exception(UD)
-    if code:
-        run.u32[UNION_U32 + 1] = 4
-        run.u64[UNION_U64 + 1] = 1  # KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-        run.u8[UNION + 16 : UNION + 32] = (bytes((len(code),)) + code).ljust(16, b"\0")
+    run.u32[UNION_U32 + 1] = len(words)
+    for index, word in enumerate(words, UNION_U64 + 1):
+        run.u64[index] = word
     return False
 
 
-# ---- exits --------------------------------------------------------------------------------------------------
-
-
-def _fill_mmio(vcpu: "Vcpu", gpa: int, size: int, data: bytes | None) -> None:
-    run = vcpu.run
-    run.u32[EXIT_REASON] = KVM_EXIT_MMIO
-    run.u64[UNION_U64] = gpa
-    if data is not None:
-        run.u8[UNION + 8 : UNION + 8 + size] = data
-    run.u32[UNION_U32 + 4] = size
-    run.u8[UNION + 20] = data is not None
-
-
-def _exit_for_read(vcpu: "Vcpu", cpu: Cpu, answers: list[bytes], gpa: int, size: int) -> bool:
-    pieces: list[bytes] = []
-
-    def ask(offset: int) -> bool:
-        part = min(FRAGMENT, size - offset)
-        _fill_mmio(vcpu, gpa + offset, part, None)
-
-        def complete() -> bool:
-            pieces.append(bytes(vcpu.run.u8[UNION + 8 : UNION + 8 + part]))
-            if offset + part < size:
-                return ask(offset + part)
-            return _attempt(vcpu, cpu, [*answers, b"".join(pieces)])
-
-        vcpu.complete_userspace_io = complete
-        return False
-
-    return ask(0)
-
-
-def _exit_for_writes(vcpu: "Vcpu", fragments: list[tuple[int, bytes]]) -> bool:
-    def tell(index: int) -> bool:
-        gpa, data = fragments[index]
-        _fill_mmio(vcpu, gpa, len(data), data)
-
-        def complete() -> bool:
-            return True if index + 1 == len(fragments) else tell(index + 1)
-
-        vcpu.complete_userspace_io = complete
-        return False
-
-    return tell(0)
+def exit_information(vcpu: "Vcpu", cpu: Cpu) -> tuple[int, int, int, int, int]:
+    """Return exit reason, its two words, interruption information and error code (`kvm_x86_ops.get_exit_info`)."""
+    exit_ = cpu.exit
+    if vcpu.vm.host.profile.nested_format != _SVM or exit_.reason != ExitReason.EPT_VIOLATION:
+        return exit_.reason, exit_.qualification, exit_.gpa, 0, 0
+    wanted = exit_.qualification & 7
+    error_code = _NPF_GUEST_PAGE | _NPF_USER | (_NPF_WRITE if wanted & 2 else 0) | (_NPF_FETCH if wanted & 4 else 0)
+    if vcpu.vendor.hit_mmio_mark:
+        error_code |= _NPF_RESERVED
+    return _SVM_EXIT_NPF, error_code, exit_.gpa, 0, 0
 
 
 # ---- one attempt --------------------------------------------------------------------------------------------
@@ -147,8 +173,9 @@ class Execution(Attempt):
     def execute(self, one: Instruction) -> None:
         """Execute `one`; raise what ends the attempt."""
         opcode = one.opcode
-        if 0xA4 <= opcode <= 0xAF and opcode not in (0xA8, 0xA9):
-            self._string(one)
+        self.rflags &= ~_RFLAGS_RF
+        if opcode in STRINGS:
+            execute_string(self, one)
             return
         self.rip += one.length
         size = 1 if not opcode & 1 else one.operand_bytes
@@ -217,13 +244,13 @@ class Execution(Attempt):
 
     def _compare_exchange(self, one: Instruction, size: int) -> None:
         old = self.read_rm(one, size)
-        accumulator = self.get(RAX, size, 1)
+        accumulator = self.gprs[RAX] & (1 << 8 * size) - 1
         _, self.rflags = alu.alu(alu.CMP, accumulator, old, 8 * size, self.rflags)
         if accumulator == old:
             self.write_rm(one, size, self.get(one.reg, size, one.rex))
         else:
             self.write_rm(one, size, old)
-            self.put(RAX, size, old, 1)
+            self.put_late(RAX, size, old, 1)
 
     def _exchange_add(self, one: Instruction, size: int) -> None:
         old = self.read_rm(one, size)
@@ -268,12 +295,12 @@ class Execution(Attempt):
         if one.opcode in (0xC0, 0xC1):
             count = one.immediate & 0xFF
         else:
-            count = 1 if one.opcode < 0xD2 else self.gprs[RCX] & 0xFF
+            count = 1 if one.opcode < 0xD2 else self.get(RCX, 1, 1)
         result, self.rflags = alu.shift(one.reg & 7, self.read_rm(one, size), count, 8 * size, self.rflags)
         self.write_rm(one, size, result)
 
     def _push_register(self, one: Instruction, _size: int) -> None:
-        self.push_value(one, self.gprs[one.reg])
+        self.push_value(one, self.get(one.reg, 8, 1))
 
     def _push_immediate(self, one: Instruction, _size: int) -> None:
         self.push_value(one, one.immediate)
@@ -292,7 +319,7 @@ class Execution(Attempt):
         """Push a value."""
         size, mask = self.stack_bytes(one), self.stack_mask()
         top = self.gprs[RSP] - size & mask
-        self.store(self.linear("ss", top, 8 if mask == _U64 else 4), size, value)
+        self.store(self.linear("ss", top, 8 if mask == _U64 else 4, size, write=True), size, value)
         self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | top
 
     def _pop_register(self, one: Instruction, _size: int) -> None:
@@ -302,49 +329,9 @@ class Execution(Attempt):
         """Pop a value."""
         size, mask = self.stack_bytes(one), self.stack_mask()
         top = self.gprs[RSP] & mask
-        value = self.load(self.linear("ss", top, 8 if mask == _U64 else 4), size)
+        value = self.load(self.linear("ss", top, 8 if mask == _U64 else 4, size), size)
         self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | top + size & mask
         return value
-
-    # ---- strings --------------------------------------------------------------------------------------------
-
-    def _string(self, one: Instruction) -> None:
-        """One element; with a repeat prefix RIP stays until the count is used up."""
-        size = 1 if not one.opcode & 1 else one.operand_bytes
-        mask = (1 << 8 * one.address_bytes) - 1
-        step = -size if self.rflags & _RFLAGS_DF else size
-        gprs = self.gprs
-        if one.repeat and not gprs[RCX] & mask:
-            self.rip += one.length
-            return
-        source = self.linear(one.segment, gprs[RSI], one.address_bytes)
-        destination = self.linear("es", gprs[RDI], one.address_bytes)
-        kind = one.opcode & ~1
-        if kind == 0xA4:
-            self.store(destination, size, self.load(source, size))
-        elif kind == 0xAA:
-            self.store(destination, size, self.get(RAX, size, 1))
-        elif kind == 0xAC:
-            self.put(RAX, size, self.load(source, size), 1)
-        else:
-            left = self.load(source, size) if kind == 0xA6 else self.get(RAX, size, 1)
-            right = self.load(destination, size)
-            _, self.rflags = alu.alu(alu.CMP, left, right, 8 * size, self.rflags)
-        if kind in (0xA4, 0xA6, 0xAC):
-            self._advance(RSI, step, mask)
-        if kind != 0xAC:
-            self._advance(RDI, step, mask)
-        if not one.repeat:
-            self.rip += one.length
-            return
-        self._advance(RCX, -1, mask)
-        stopped = kind in (0xA6, 0xAE) and bool(self.rflags & alu.ZF) != (one.repeat == 0xF3)
-        if not gprs[RCX] & mask or stopped:
-            self.rip += one.length
-
-    def _advance(self, register: int, delta: int, mask: int) -> None:
-        value = self.gprs[register] + delta & mask
-        self.gprs[register] = value if mask >> 16 else self.gprs[register] & ~mask | value
 
     HANDLERS: ClassVar[dict[int, "Callable[[Execution, Instruction, int], None]"]] = {
         **dict.fromkeys(range(0x50, 0x58), _push_register),

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from sim_backend.cpu.engine import Cpu, ExitReason
 from sim_backend.hw.gprs import RAX, RBX, RCX, RDX
+from sim_backend.kvm.default_vm.attempt import AR_BIG
 from sim_backend.kvm.default_vm.control_registers import emulate_control_register, emulate_xsetbv
 from sim_backend.kvm.default_vm.debugging import DB, DR6_SINGLE_STEP, begin_step, debug_exit, stepped
-from sim_backend.kvm.default_vm.emulator import emulate_instruction
+from sim_backend.kvm.default_vm.emulator import at_string_io, emulate_instruction, exit_information
 from sim_backend.kvm.default_vm.guest_events import (
     ERROR_CODE_VALID,
     GP,
+    RFLAGS_RF,
     TYPE_HARDWARE_EXCEPTION,
     UD,
     VALID,
+    is_fault,
     raise_in_guest,
     skip_instruction,
 )
@@ -22,7 +25,9 @@ from sim_backend.kvm.default_vm.hypercalls import hypercall_instruction
 from sim_backend.kvm.default_vm.mmu import MmioFault
 from sim_backend.kvm.default_vm.msr_exits import emulate_rdmsr, emulate_wrmsr
 from sim_backend.kvm.default_vm.port_io import emulate_port_io
+from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION_U32, UNION_U64
+from sim_backend.kvm.registers import CR0_PE
 from sim_backend.kvm.vcpu import MpState
 from sim_backend.kvm.vcpu_reset import reset_vcpu
 
@@ -48,6 +53,7 @@ _FETCH: Final = 4
 _EXCEPTION: Final = int(ExitReason.EXCEPTION_OR_NMI)
 _EPT_VIOLATION: Final = int(ExitReason.EPT_VIOLATION)
 _U32: Final = 0xFFFF_FFFF
+_U64: Final = (1 << 64) - 1
 
 
 def enter_and_exit(ops: "DefaultVmOps", vcpu: "Vcpu") -> bool:
@@ -61,7 +67,7 @@ def enter_and_exit(ops: "DefaultVmOps", vcpu: "Vcpu") -> bool:
         return False
     vendor, mmu = vcpu.vendor, ops.mmu
     _inject_pending(vcpu, cpu)
-    stepping = begin_step(vcpu, cpu) if vcpu.needs_stepping() else None
+    stepping = begin_step(vcpu, cpu) if vendor.step or vcpu.needs_stepping() else None
     if stepping is not None and stepping.stops_here:
         return debug_exit(vcpu, cpu, 1, stepping.breakpoints)
     vcpu.entries += 1
@@ -74,15 +80,16 @@ def enter_and_exit(ops: "DefaultVmOps", vcpu: "Vcpu") -> bool:
         cpu.invalidate()
     vcpu.has_run = True
     vcpu.saved_state, vcpu.set_rflags, vcpu.shadow_over = None, -1, False
+    resumed_at = cpu.rip if cpu.rflags & RFLAGS_RF else -1
     try:
         reason = cpu.run().reason
     finally:
         vcpu.in_guest = False
         if stepping is not None:
             stepping.end(cpu)
-    delivering, vendor.injected = vendor.injected, False
-    if delivering and reason == _EPT_VIOLATION and not cpu.exit.gla:
-        return _fault_in_delivery(ops, vcpu, cpu)
+    vendor.step = stepping is None and reason == _EPT_VIOLATION and _fetched_ahead(cpu)
+    if resumed_at >= 0 and cpu.rip != resumed_at:
+        cpu.rflags &= ~RFLAGS_RF  # it lasts for one instruction, which the engine forgets
     if stepping is not None and reason == _EXCEPTION and cpu.exit.interruption_info & 0xFF == DB:
         return stepped(vcpu, cpu, stepping)
     handler = _EXITS.get(reason)
@@ -98,14 +105,17 @@ def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
     """Choose what is delivered at this entry: an exception, an NMI or an interrupt (inject_pending_event)."""
     exception = vcpu.exception
     if exception.pending or exception.injected:
-        exception.pending, exception.injected = False, False
         vector = exception.vector
+        if not exception.injected and is_fault(vector):
+            cpu.rflags |= RFLAGS_RF
+        exception.pending, exception.injected = False, False
         kind = _TYPE_SOFTWARE_EXCEPTION if vector in (3, 4) else TYPE_HARDWARE_EXCEPTION
         information = VALID | kind | vector
+        if exception.has_error_code and not cpu.get_state().cr0 & CR0_PE:
+            exception.has_error_code = False  # real mode has none, and the vCPU's events show none from here on
         if exception.has_error_code:
             information |= ERROR_CODE_VALID
         cpu.inject(information, exception.error_code, 1 if vector in (3, 4) else 0)
-        vcpu.vendor.injected = True
         return
     if vcpu.nmi_injected or (vcpu.nmi_pending and not vcpu.nmi_masked):
         if not vcpu.nmi_injected:
@@ -113,7 +123,6 @@ def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
         vcpu.nmi_injected = False
         vcpu.nmi_masked = True
         cpu.inject(VALID | _TYPE_NMI | _NMI_VECTOR)
-        vcpu.vendor.injected = True
         return
     apic, irqchip = vcpu.apic, vcpu.vm.irqchip
     if vcpu.interrupt < 0 and not (
@@ -128,7 +137,6 @@ def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
     if vcpu.interrupt >= 0:
         if allowed:
             cpu.inject(VALID | _TYPE_EXTERNAL | vcpu.interrupt)
-            vcpu.vendor.injected = True
             vcpu.interrupt = -1
         else:
             cpu.request_interrupt_window(True)
@@ -198,28 +206,78 @@ def _triple_fault(_ops: "DefaultVmOps", vcpu: "Vcpu", _cpu: Cpu) -> bool:
 
 def _ept_violation(ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
     exit_ = cpu.exit
+    if exit_.vectoring_info:
+        return _fault_in_delivery(ops, vcpu, cpu)
+    ahead = vcpu.vendor.step
     if exit_.qualification & _FETCH and _fetched_past_limit(cpu):
+        if ahead:
+            return True
+        if vcpu.vm.host.profile.behaves("ip_wraps") and cpu.rip == 0x1_0000 and not cpu.get_state().cs.ar & AR_BIG:
+            cpu.rip = 0
+            return True
         return raise_in_guest(vcpu, cpu, GP)
+    if ops.has_private_mem and not exit_.qualification & _FETCH and at_string_io(vcpu, cpu):
+        return emulate_instruction(vcpu, cpu)  # it exits as port I/O, before it touches memory
     try:
         ops.mmu.fault(vcpu, exit_.gpa, write=bool(exit_.qualification & _WRITE))
     except MmioFault:
-        return emulate_instruction(vcpu, cpu, exit_.gpa, exit_.gla)
+        return True if ahead else emulate_instruction(vcpu, cpu)
+    except Errno:
+        if ahead:
+            return True
+        if not exit_.qualification & _FETCH and at_string_io(vcpu, cpu):
+            return emulate_instruction(vcpu, cpu)
+        raise
+    vcpu.vendor.step = False
     return True
 
 
 def _fault_in_delivery(ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
     """Delivering an event touched memory that was not mapped: map it, or give up where there is none."""
+    exit_ = cpu.exit
+    information, exit_.vectoring_info = exit_.vectoring_info, 0
     try:
-        ops.mmu.fault(vcpu, cpu.exit.gpa, write=bool(cpu.exit.qualification & _WRITE))
+        ops.mmu.fault(vcpu, exit_.gpa, write=bool(exit_.qualification & _WRITE))
     except MmioFault:
         run = vcpu.run
+        reason, information_1, information_2, *_ = exit_information(vcpu, cpu)
+        words = (information_2, reason, information_1, exit_.gpa, vcpu.lp)
         run.u32[EXIT_REASON] = KVM_EXIT_INTERNAL_ERROR
         run.u32[UNION_U32] = KVM_INTERNAL_ERROR_DELIVERY_EV
-        run.u32[UNION_U32 + 1] = 0
+        run.u32[UNION_U32 + 1] = len(words)
+        for index, word in enumerate(words, UNION_U64 + 1):
+            run.u64[index] = word & _U64
         cpu.inject(0)
+        _requeue(vcpu, information, exit_.vectoring_error)
         return False
-    vcpu.vendor.injected = True
     return True
+
+
+def _requeue(vcpu: "Vcpu", information: int, error_code: int) -> None:
+    """Keep an event whose delivery was cut short for the next entry (`svm_complete_interrupts`)."""
+    kind, vector = information & _TYPE_MASK, information & 0xFF
+    if kind == TYPE_HARDWARE_EXCEPTION:
+        exception = vcpu.exception
+        exception.injected, exception.vector = True, vector
+        exception.has_error_code = bool(information & ERROR_CODE_VALID)
+        exception.error_code = error_code if exception.has_error_code else 0
+    elif kind == _TYPE_NMI:
+        vcpu.nmi_injected = True
+    elif kind == _TYPE_EXTERNAL:
+        vcpu.interrupt = vector
+
+
+def _fetched_ahead(cpu: Cpu) -> bool:
+    """Tell whether the engine wanted code of the next page while the instruction at RIP may lie before it.
+
+    It translates a run of instructions at once, across the boundary. They come first, one by one, where the next
+    page cannot be fetched.
+    """
+    exit_ = cpu.exit
+    if not exit_.qualification & _FETCH or exit_.vectoring_info:
+        return False
+    linear = cpu.rip if cpu.in_64bit_mode() else cpu.get_state().cs.base + cpu.rip & _U32
+    return linear >> 12 != exit_.gla >> 12
 
 
 def _fetched_past_limit(cpu: Cpu) -> bool:

@@ -11,9 +11,17 @@ VALID: Final = 1 << 31
 ERROR_CODE_VALID: Final = 1 << 11
 TYPE_HARDWARE_EXCEPTION: Final = 3 << 8
 UD: Final = 6
+SS: Final = 12
 GP: Final = 13
+RFLAGS_RF: Final = 1 << 16
+_NO_FAULTS: Final = frozenset({1, 3, 4, 8, 18})  # #DB, the traps #BP and #OF, the aborts #DF and #MC
 _HAS_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
 _U32: Final = 0xFFFF_FFFF
+
+
+def is_fault(vector: int) -> bool:
+    """Tell whether the exception sets RF in the RFLAGS that it saves (`kvm_check_and_inject_events`)."""
+    return vector not in _NO_FAULTS
 
 
 def raise_in_guest(vcpu: "Vcpu", cpu: Cpu, vector: int, error_code: int = 0) -> bool:
@@ -21,8 +29,9 @@ def raise_in_guest(vcpu: "Vcpu", cpu: Cpu, vector: int, error_code: int = 0) -> 
     with_code = vector in _HAS_ERROR_CODE
     exception = vcpu.exception
     exception.vector, exception.has_error_code, exception.error_code = vector, with_code, error_code
+    if is_fault(vector):
+        cpu.rflags |= RFLAGS_RF
     cpu.inject(VALID | TYPE_HARDWARE_EXCEPTION | vector | (ERROR_CODE_VALID if with_code else 0), error_code)
-    vcpu.vendor.injected = True
     return True
 
 

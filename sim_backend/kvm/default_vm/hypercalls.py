@@ -8,6 +8,12 @@ from sim_backend.hw.gprs import RAX, RBX, RCX, RDX, RSI
 from sim_backend.kvm.default_vm.guest_events import UD, raise_in_guest, skip_instruction
 from sim_backend.kvm.guest_paging import read_guest, translate, write_guest
 from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION_U64
+from sim_backend.kvm.pv_features import (
+    KVM_FEATURE_PV_SCHED_YIELD,
+    KVM_FEATURE_PV_SEND_IPI,
+    KVM_FEATURE_PV_UNHALT,
+    guest_pv_has,
+)
 
 if TYPE_CHECKING:
     from sim_backend.kvm.vcpu import Vcpu
@@ -91,14 +97,14 @@ def emulate_hypercall(vcpu: "Vcpu", cpu: Cpu) -> bool:
 def _in_kernel(vcpu: "Vcpu", number: int, args: list[int]) -> int:
     if number == KVM_HC_VAPIC_POLL_IRQ:
         return 0
-    if number == KVM_HC_KICK_CPU and not vcpu.enforce_pv_features:
+    if number == KVM_HC_KICK_CPU and guest_pv_has(vcpu, KVM_FEATURE_PV_UNHALT):
         for other in vcpu.vm.vcpus:
             if other.id == args[1] & _U32:
                 other.kick()
         return 0
-    if number == KVM_HC_SEND_IPI and not vcpu.enforce_pv_features:
+    if number == KVM_HC_SEND_IPI and guest_pv_has(vcpu, KVM_FEATURE_PV_SEND_IPI):
         return _send_ipi(vcpu, args)
-    if number == KVM_HC_SCHED_YIELD and not vcpu.enforce_pv_features:
+    if number == KVM_HC_SCHED_YIELD and guest_pv_has(vcpu, KVM_FEATURE_PV_SCHED_YIELD):
         return 0
     if number == KVM_HC_CLOCK_PAIRING:
         return -errno.EOPNOTSUPP  # the host clock is not derived from the TSC

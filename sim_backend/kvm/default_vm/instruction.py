@@ -13,6 +13,8 @@ _CS_L: Final = 1 << 13
 _CS_D: Final = 1 << 14
 EFER_LMA: Final = 1 << 10
 _NO_INDEX: Final = 4
+_ARPL_OR_MOVSXD: Final = 0x63
+_MOVNTI: Final = 0x0FC3
 
 # 16-bit addressing: base registers by ModRM.rm, and the default segment.
 _RM16: Final = ((3, 6), (3, 7), (5, 6), (5, 7), (6,), (7,), (5,), (3,))
@@ -99,7 +101,11 @@ class Decoder:
         if one.opcode == 0x0F38:
             one.opcode = 0x0F3800 | self._byte()
         one.mandatory_prefix = one.repeat or (0x66 if operand_override else 0)
+        if one.opcode == _MOVNTI:
+            one.operand_bytes = max(one.operand_bytes, 4)
         layout = _LAYOUT.get(one.opcode)
+        if one.opcode == _ARPL_OR_MOVSXD and not self._long:
+            raise DecodeError("ARPL")
         if layout is None:
             if one.opcode in _KVM_EMULATES:
                 raise NotDecoded
@@ -200,13 +206,27 @@ def _layouts() -> dict[int, str]:
     table |= {0x68: "z", 0x6A: "b", 0x80: "mb", 0x81: "mz", 0x82: "mb", 0x83: "mb", 0x84: "m", 0x85: "m"}
     table |= {0x86: "m", 0x87: "m", 0x88: "m", 0x89: "m", 0x8A: "m", 0x8B: "m", 0x8C: "m", 0x8E: "m", 0x8F: "m"}
     table |= dict.fromkeys((0xA0, 0xA1, 0xA2, 0xA3), "o")
+    table |= {0xCC: "", 0xCD: "b"}
+    table |= dict.fromkeys((0x6C, 0x6D, 0x6E, 0x6F), "")
     table |= dict.fromkeys((0xA4, 0xA5, 0xA6, 0xA7, 0xAA, 0xAB, 0xAC, 0xAD, 0xAE, 0xAF), "")
     table |= {0xC0: "mb", 0xC1: "mb", 0xC6: "mb", 0xC7: "mz", 0xD0: "m", 0xD1: "m", 0xD2: "m", 0xD3: "m"}
     table |= {0xF6: "m", 0xF7: "m", 0xFE: "m", 0xFF: "m", 0x63: "m", 0x69: "mz", 0x6B: "mb"}
     table |= dict.fromkeys((0x0FB0, 0x0FB1, 0x0FB6, 0x0FB7, 0x0FBE, 0x0FBF, 0x0FC0, 0x0FC1, 0x0FAF, 0x0FC3), "m")
     table |= dict.fromkeys((0x0FA3, 0x0FAB, 0x0FB3, 0x0FBB, 0x0FBC, 0x0FBD, 0x0FC7), "m") | {0x0FBA: "mb"}
     table |= dict.fromkeys((0x0F01, 0x0F10, 0x0F11, 0x0F28, 0x0F29, 0x0F2B, 0x0F6F, 0x0F7F, 0x0FAE, 0x0FE7), "m")
-    table |= {0x0F38F0: "m", 0x0F38F1: "m", 0xD9: "m", 0xDD: "m", 0xE8: "z", 0xC2: "w", 0xC3: "", 0x9C: "", 0x9D: ""}
+    table |= {
+        0x0F38F0: "m",
+        0x0F38F1: "m",
+        0xD9: "m",
+        0xDD: "m",
+        0xE8: "z",
+        0xC2: "w",
+        0xC3: "",
+        0xCA: "w",
+        0xCB: "",
+        0x9C: "",
+        0x9D: "",
+    }
     table |= dict.fromkeys(range(0x0F40, 0x0F50), "m") | dict.fromkeys(range(0x0F90, 0x0FA0), "m")
     return table
 
@@ -215,17 +235,13 @@ _LAYOUT: Final = _layouts()
 _KVM_EMULATES: Final = frozenset(
     {
         *(0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F),  # PUSH and POP of segment registers
-        *(0x60, 0x61, 0x6C, 0x6D, 0x6E, 0x6F),  # PUSHA, POPA, INS, OUTS
+        *(0x60, 0x61),  # PUSHA, POPA
         *(
             0x9A,
             0xC4,
             0xC5,
             0xC8,
             0xC9,
-            0xCA,
-            0xCB,
-            0xCC,
-            0xCD,
             0xCE,
             0xCF,
             0xD7,

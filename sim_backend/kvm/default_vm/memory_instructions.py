@@ -1,7 +1,7 @@
 """Instructions that the emulator meets less often: bits, products, conditions, wide moves and near control transfers.
 
 Each is a function of the attempt, the decoded instruction and its operand size, as the others in `emulator`. Flags that
-the manuals leave undefined stay as they are.
+the manuals leave undefined are QEMU's, or stay as they are.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from sim_backend.hw.gprs import RAX, RBX, RCX, RDX, RSP
 from sim_backend.kvm.default_vm import alu
 from sim_backend.kvm.default_vm.attempt import GuestException, Unhandled
-from sim_backend.kvm.default_vm.guest_events import GP
+from sim_backend.kvm.default_vm.guest_events import GP, UD
 from sim_backend.kvm.default_vm.instruction import Instruction
+from sim_backend.kvm.guest_paging import read_guest
 
 if TYPE_CHECKING:
     from sim_backend.kvm.default_vm.emulator import Execution
@@ -22,8 +23,10 @@ Handler: TypeAlias = Callable[["Execution", Instruction, int], None]
 _DE: Final = 0
 _CF_OF: Final = alu.CF | alu.OF
 _BT, _BTS, _BTR, _BTC = range(4)
+_CPUID_MOVBE: Final = 1 << 22  # leaf 1, ECX
 _XMM_AREA: Final = 160  # [bytes] into an FXSAVE image
 _RFLAGS_POPF: Final = 0x24_4FD5 | 1 << 9  # what POPF at CPL 0 loads, VM, VIP, VIF and RF left out
+_RFLAGS_INT_CLEARS: Final = 1 << 8 | 1 << 9 | 1 << 18  # TF, IF, AC
 _RFLAGS_PUSHF_HIDES: Final = 0x3_0000  # VM and RF
 
 
@@ -61,7 +64,7 @@ def _bit_of_immediate(at: "Execution", one: Instruction, _size: int) -> None:
 def _bit_scan(at: "Execution", one: Instruction, _size: int) -> None:
     size = one.operand_bytes
     value = at.read_rm(one, size)
-    at.rflags = at.rflags & ~alu.ZF | (0 if value else alu.ZF)
+    _undefined_flags(at, value, 8 * size)
     if value:
         forward = one.opcode == 0x0FBC
         at.put(one.reg, size, (value & -value).bit_length() - 1 if forward else value.bit_length() - 1, one.rex)
@@ -72,6 +75,11 @@ def _bit_scan(at: "Execution", one: Instruction, _size: int) -> None:
 
 def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> bits - 1 else value
+
+
+def _undefined_flags(at: "Execution", value: int, bits: int) -> None:
+    """Set the flags that the manuals leave undefined as QEMU does: by `value`."""
+    _, at.rflags = alu.alu(alu.OR, value, value, bits, at.rflags)
 
 
 def _set_overflow(at: "Execution", overflow: bool) -> None:
@@ -89,6 +97,7 @@ def multiply_or_divide(at: "Execution", operation: int, operand: int, size: int)
         product = (_signed(left, bits) if signed else left) * operand
         _put_pair(at, size, product)
         low = product & (1 << bits) - 1
+        _undefined_flags(at, low, bits)
         _set_overflow(at, product != (_signed(low, bits) if signed else low))
         return
     dividend = at.get(RAX, 2, 1) if size == 1 else at.get(RDX, size, 1) << bits | at.get(RAX, size, 1)
@@ -122,6 +131,7 @@ def _multiply_register(at: "Execution", one: Instruction, _size: int) -> None:
     operand = _signed(at.read_rm(one, size), bits)
     other = one.immediate if one.opcode in (0x69, 0x6B) else _signed(at.get(one.reg, size, one.rex), bits)
     product = operand * other
+    _undefined_flags(at, product & (1 << bits) - 1, bits)
     at.put(one.reg, size, product, one.rex)
     _set_overflow(at, product != _signed(product & (1 << bits) - 1, bits))
 
@@ -168,6 +178,17 @@ def _pop_to_rm(at: "Execution", one: Instruction, _size: int) -> None:
     at.write_rm(one, size, at.pop_value(one))
 
 
+def _load_segment(at: "Execution", one: Instruction, _size: int) -> None:
+    """MOV to a segment register; in real mode the limit and the rest stay."""
+    number = one.reg & 7
+    if number in (1, 6, 7):
+        raise GuestException(UD)
+    selector = at.read_rm(one, 2)
+    if at.state.cr0 & 1 or number == 2:
+        raise at.not_modelled()  # descriptors; and the shadow that loading SS casts
+    at.load_real_segment(("es", "cs", "ss", "ds", "fs", "gs")[number], selector)
+
+
 def _store_machine_status(at: "Execution", one: Instruction, _size: int) -> None:
     """SMSW, of group 7; the other members touch descriptor tables."""
     if one.reg & 7 == 5:
@@ -187,19 +208,25 @@ def _compare_exchange_pair(at: "Execution", one: Instruction, _size: int) -> Non
         at.write_rm(one, 8, at.get(RCX, 4, 1) << 32 | at.get(RBX, 4, 1))
     else:
         at.rflags &= ~alu.ZF
-        at.put(RAX, 4, old, 1)
-        at.put(RDX, 4, old >> 32, 1)
+        at.put_late(RAX, 4, old, 1)
+        at.put_late(RDX, 4, old >> 32, 1)
 
 
 def _move_swapped(at: "Execution", one: Instruction, _size: int) -> None:
-    """MOVBE."""
+    """MOVBE, which is #UD unless the guest's CPUID has it (`guest_cpuid_has_movbe`)."""
     size = one.operand_bytes
     if not one.is_memory or one.mandatory_prefix in (0xF2, 0xF3):
         raise Unhandled
-    if one.opcode == 0x0F38F0:
-        at.put(one.reg, size, int.from_bytes(at.read_rm(one, size).to_bytes(size, "little")), one.rex)
+    loads = one.opcode == 0x0F38F0
+    value = at.read_rm(one, size) if loads else at.get(one.reg, size, one.rex)
+    features = at.vcpu.cpuid.find(1)
+    if features is None or not features.ecx & _CPUID_MOVBE:
+        raise GuestException(UD)
+    swapped = int.from_bytes(value.to_bytes(size, "little"))
+    if loads:
+        at.put(one.reg, size, swapped, one.rex)
     else:
-        at.write_rm(one, size, int.from_bytes(at.get(one.reg, size, one.rex).to_bytes(size, "little")))
+        at.write_rm(one, size, swapped)
 
 
 _UNALIGNED: Final = {(0x0F10, 0), (0x0F11, 0), (0x0F10, 0x66), (0x0F11, 0x66), (0x0F6F, 0xF3), (0x0F7F, 0xF3)}
@@ -217,7 +244,7 @@ def _move_xmm(at: "Execution", one: Instruction, _size: int) -> None:
         raise at.not_modelled()
     if not one.is_memory or (form not in _UNALIGNED and form not in _ALIGNED):
         raise Unhandled
-    if form in _ALIGNED and at.linear(one.segment, one.offset, one.address_bytes) & 15:
+    if form in _ALIGNED and at.linear(one.segment, one.offset, one.address_bytes, 16) & 15:
         raise GuestException(GP)
     image = at.state.fxsave
     place = _XMM_AREA + 16 * one.reg
@@ -242,23 +269,52 @@ def _x87_or_group15(at: "Execution", one: Instruction, _size: int) -> None:
 
 def jump_or_call(at: "Execution", one: Instruction) -> None:
     """CALL and JMP through memory (FF /2 and /4)."""
-    target = at.read_rm(one, at.stack_bytes(one))
+    target = at.branch_target(at.read_rm(one, at.stack_bytes(one)))
     if one.reg & 7 == 2:
         at.push_value(one, at.rip)
     at.rip = target
 
 
 def _call_relative(at: "Execution", one: Instruction, _size: int) -> None:
+    target = at.branch_target(at.rip + one.immediate & (1 << 8 * at.stack_bytes(one)) - 1)
     at.push_value(one, at.rip)
-    at.rip = at.rip + one.immediate & (1 << 8 * at.stack_bytes(one)) - 1
+    at.rip = target
 
 
 def _return(at: "Execution", one: Instruction, _size: int) -> None:
-    target = at.pop_value(one)
+    target = at.branch_target(at.pop_value(one))
     if one.opcode == 0xC2:
         mask = at.stack_mask()
         at.gprs[RSP] = at.gprs[RSP] & ~mask | at.gprs[RSP] + (one.immediate & 0xFFFF) & mask
     at.rip = target
+
+
+def _return_far(at: "Execution", one: Instruction, _size: int) -> None:
+    """RETF in real mode (`em_ret_far`)."""
+    if at.state.cr0 & 1:
+        raise at.not_modelled()
+    target, selector = at.pop_value(one), at.pop_value(one)
+    if one.opcode == 0xCA:
+        mask = at.stack_mask()
+        at.gprs[RSP] = at.gprs[RSP] & ~mask | at.gprs[RSP] + (one.immediate & 0xFFFF) & mask
+    at.load_real_segment("cs", selector & 0xFFFF)
+    at.rip = at.branch_target(target)
+
+
+def _interrupt(at: "Execution", one: Instruction, _size: int) -> None:
+    """INT3 and INT in real mode; elsewhere the kernel does not emulate them."""
+    if at.state.cr0 & 1:
+        raise Unhandled
+    vector = 3 if one.opcode == 0xCC else one.immediate & 0xFF
+    at.push_value(one, at.rflags)
+    at.rflags &= ~_RFLAGS_INT_CLEARS
+    at.push_value(one, at.state.cs.selector)
+    at.push_value(one, at.rip)
+    entry = read_guest(at.vcpu.vm, at.state.idtr_base + 4 * vector, 4)
+    if entry is None:
+        raise Unhandled
+    at.load_real_segment("cs", int.from_bytes(entry[2:], "little"))
+    at.rip = int.from_bytes(entry[:2], "little")
 
 
 def _push_flags(at: "Execution", one: Instruction, _size: int) -> None:
@@ -281,6 +337,7 @@ HANDLERS: Final = MappingProxyType[int, Handler](
         **dict.fromkeys((0x0FAF, 0x69, 0x6B), _multiply_register),
         **dict.fromkeys(range(0x0F90, 0x0FA0), _set_byte),
         **dict.fromkeys(range(0x0F40, 0x0F50), _conditional_move),
+        0x8E: _load_segment,
         0x8F: _pop_to_rm,
         0x0F01: _store_machine_status,
         0x0FC7: _compare_exchange_pair,
@@ -288,9 +345,13 @@ HANDLERS: Final = MappingProxyType[int, Handler](
         0x0F38F1: _move_swapped,
         **dict.fromkeys((0x0F10, 0x0F11, 0x0F28, 0x0F29, 0x0F2B, 0x0F6F, 0x0F7F, 0x0FE7), _move_xmm),
         **dict.fromkeys((0xD9, 0xDD, 0x0FAE), _x87_or_group15),
+        0xCC: _interrupt,
+        0xCD: _interrupt,
         0xE8: _call_relative,
         0xC2: _return,
         0xC3: _return,
+        0xCA: _return_far,
+        0xCB: _return_far,
         0x9C: _push_flags,
         0x9D: _pop_flags,
     }

@@ -37,6 +37,7 @@ class DirectMmu:
         self._lock: Final = threading.Lock()
         self._interpreted: Final = vm.host.profile.behaves("interprets_guest_code")
         self._read_fault_maps_writable: Final = vm.host.profile.behaves("read_fault_maps_writable")
+        self._mmio: dict[int, int] = {}  # frames marked as MMIO, with the memslots' generation (mark_mmio_spte)
         self.generation = 0  # rises whenever something was taken away: CPUs must forget translations
 
     # ---- the CPU's view ---------------------------------------------------------------------------------
@@ -84,15 +85,23 @@ class DirectMmu:
 
     # ---- faults -----------------------------------------------------------------------------------------
 
-    def fault(self, vcpu: "Vcpu", gpa: int, *, write: bool) -> None:
+    def fault(self, vcpu: "Vcpu", gpa: int, *, write: bool, prefault: bool = False) -> None:
         """Map the page of `gpa`. Raise `MmioFault`, or Errno with the MEMORY_FAULT exit filled in."""
         vm = self._vm
         gfn = gpa >> 12
         private = vm.ops.has_private_mem and vm.attributes.is_private(gfn)
+        marked = self._mmio.get(gfn)
+        vcpu.vendor.hit_mmio_mark = marked is not None
+        if marked is not None and not prefault:
+            if marked == vm.memslots[0].generation:
+                raise MmioFault
+            if private:  # a fault on a marked entry counts as shared, and no change of attributes takes the mark away
+                raise memory_fault(vcpu, gpa, private=False)
         slot = vm.find_memslot(gfn)
         if slot is None:
             if private:
                 raise memory_fault(vcpu, gpa, private=True)
+            self._mmio[gfn] = vm.memslots[0].generation
             raise MmioFault
         if private and slot.gmem is None:
             raise memory_fault(vcpu, gpa, private=True)
@@ -113,6 +122,7 @@ class DirectMmu:
             raise memory_fault(vcpu, gpa, private=private, err=error.errno) from None
         with self._lock:
             self._pages[gfn] = hpa | _READ_EXECUTE | EPT_WRITE
+            self._mmio.pop(gfn, None)
 
     def _map_user(self, slot: Memslot, gfn: int, *, write: bool) -> None:
         hva = slot.hva(gfn)
@@ -127,6 +137,7 @@ class DirectMmu:
             slot.mark_dirty(gfn)
         with self._lock:
             self._pages[gfn] = entry
+            self._mmio.pop(gfn, None)
 
 
 def memory_fault(vcpu: "Vcpu", gpa: int, *, private: bool, err: int = errno.EFAULT) -> Errno:

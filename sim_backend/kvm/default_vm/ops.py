@@ -8,8 +8,10 @@ from sim_backend.kvm.default_vm.entry import enter_and_exit
 from sim_backend.kvm.default_vm.guest_events import UD
 from sim_backend.kvm.default_vm.mmu import DirectMmu, MmioFault
 from sim_backend.kvm.default_vm.msrs import get_msr, set_msr
-from sim_backend.kvm.errors import Errno
+from sim_backend.kvm.errors import Errno, NotModelled
+from sim_backend.kvm.guest_paging import read_pdptrs
 from sim_backend.kvm.memslots import KVM_MEM_LOG_DIRTY_PAGES
+from sim_backend.kvm.registers import CR0_PG
 from sim_backend.kvm.vcpu_reset import reset_vcpu
 from uapi_ctypes.caps import KvmCap
 
@@ -26,11 +28,12 @@ GUESTDBG_USE_SW_BP: Final = 1 << 16
 class DefaultVcpu:
     """What the operations keep of one vCPU."""
 
-    __slots__ = ("generation", "injected")
+    __slots__ = ("generation", "hit_mmio_mark", "step")
 
     def __init__(self) -> None:
         self.generation = 0  # of the MMU when this CPU last forgot translations
-        self.injected = False  # an event was given to the CPU and is not delivered yet
+        self.hit_mmio_mark = False  # by the last fault: its frame was marked as MMIO before
+        self.step = False  # the next entry executes one instruction only
 
 
 class AlwaysExits:
@@ -56,6 +59,7 @@ class DefaultVmOps:
         self.vm = vm
         self.mmu: Final = DirectMmu(vm)
         self._msr_policy: Final = AlwaysExits()
+        self._needs_mmu_pages: Final = vm.host.profile.behaves("shadow_paging")
 
     # ---- the VM -----------------------------------------------------------------------------------------
 
@@ -114,10 +118,25 @@ class DefaultVmOps:
         """Nothing is cached."""
 
     def vcpu_pre_run(self, vcpu: "Vcpu") -> None:
-        """Accept any state."""
+        """Refuse what the model cannot run: dirty rings, breakpoints in the guest's own DR7, a cleared GIF."""
+        if vcpu.guest_breakpoints and not vcpu.uses_hardware_breakpoints():
+            raise NotModelled("breakpoints in the guest's debug registers (KVM_SET_DEBUGREGS, DR7)")
+        if not vcpu.svm_gif:
+            raise NotModelled("SVM's global interrupt flag, cleared by KVM_SET_NESTED_STATE")
+        if vcpu.set_pdptrs is not None:
+            if vcpu.set_pdptrs != read_pdptrs(vcpu, vcpu.read_state().cr3):
+                raise NotModelled("PDPTRs set by KVM_SET_SREGS2 that differ from those in memory")
+            vcpu.set_pdptrs = None
+        vm = self.vm
+        if vm.dirty_ring_bytes and any(slot.flags & KVM_MEM_LOG_DIRTY_PAGES for slot in vm.memslots[0].by_id.values()):
+            raise NotModelled("dirty rings: a guest with KVM_CAP_DIRTY_LOG_RING writes to a slot that logs")
 
     def vcpu_run(self, vcpu: "Vcpu") -> bool:
         """Enter the guest once and handle its exit."""
+        if vcpu.smi_pending or vcpu.in_smm:
+            raise NotModelled("system management mode: entering it, and running in it")
+        if self._needs_mmu_pages and not self.vm.has_mmu_pages and not vcpu.read_state().cr0 & CR0_PG:
+            raise Errno(errno.ENOSPC)  # no page table may be allocated before the first memslot
         return enter_and_exit(self, vcpu)
 
     def vcpu_mem_enc_ioctl(self, vcpu: "Vcpu", argp: int) -> int:
@@ -154,7 +173,7 @@ class DefaultVmOps:
 
     def vcpu_has_events(self, vcpu: "Vcpu") -> bool:
         """Tell whether a halted vCPU should wake."""
-        if vcpu.nmi_pending or vcpu.exception_queued():
+        if vcpu.nmi_pending or vcpu.exception_queued() or vcpu.smi_pending:
             return True
         apic = vcpu.apic
         if apic is None:
@@ -202,7 +221,7 @@ class DefaultVmOps:
     def pre_fault_page(self, vcpu: "Vcpu", gpa: int) -> None:
         """Map one page ahead of time; ENOENT where there is no memory."""
         try:
-            self.mmu.fault(vcpu, gpa, write=False)
+            self.mmu.fault(vcpu, gpa, write=False, prefault=True)
         except MmioFault:
             raise Errno(errno.ENOENT) from None
 

@@ -99,10 +99,11 @@ class _Populate:
         gmem = slot.gmem
         if gmem is None:
             raise Errno(errno.EFAULT)
+        index = slot.gmem_index(gfn)
         present = self._mirror.lookup(gfn) >= 0 and gfn not in td.premapped
         if self._page_first:
-            page = gmem.get_page(slot.gmem_index(gfn))
-            if present:
+            page = gmem.get_page(index)
+            if index in gmem.prepared:  # whatever the guest has of it: only a hole in the file makes it new again
                 raise Errno(errno.EEXIST)
             if not vm.attributes.is_private(gfn):
                 raise Errno(errno.EINVAL)
@@ -112,7 +113,7 @@ class _Populate:
             no_source = source == 0 and self._zero_source_fails
             source_hpa = 0 if no_source else window.pin(source)
             # 6. The page itself.
-            page = gmem.get_page(slot.gmem_index(gfn))
+            page = gmem.get_page(index)
             # 7. The attribute.
             if not vm.attributes.is_private(gfn):
                 raise Errno(errno.EINVAL)
@@ -128,6 +129,7 @@ class _Populate:
             while not add_tables(ops, self._lp, gfn):
                 window.check_signals()
             self._add_page(gfn, page, source_hpa)
+        gmem.prepared.add(index)
 
     def _add_page(self, gfn: int, page: int, source: int) -> None:
         ops = self._ops

@@ -44,14 +44,13 @@ def posted_interrupt_pending(ops: "TdxOps", vcpu: "Vcpu") -> bool:
 
 def has_events(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     """Tell whether a halted vCPU should wake (`tdx_protected_apic_has_interrupt()` and the NMI)."""
-    if vcpu.nmi_pending:
+    if vcpu.nmi_pending or vcpu.pv_unhalted:
         return True
     vendor = vcpu.vendor
-    if vendor.pv_unhalted:
-        vendor.pv_unhalted = False
-        return True
     if vendor.halt_interrupts_blocked and not ops.host.is_v17:
         return False
+    if vcpu.pending_external_vector >= 0 and vcpu.apic is not None and vcpu.apic.accepts_extint():
+        return True
     if posted_interrupt_pending(ops, vcpu):
         return True
     if ops.host.is_v17:

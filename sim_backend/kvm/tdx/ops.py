@@ -12,7 +12,7 @@ from sim_backend.kvm.ops import VmOpsFactory
 from sim_backend.kvm.tdx import commands, msrs
 from sim_backend.kvm.tdx.interrupts import deliver_interrupt, has_events, inject_nmi
 from sim_backend.kvm.tdx.page_fault import pre_fault
-from sim_backend.kvm.tdx.private_memory import mirror_of, remove_page
+from sim_backend.kvm.tdx.private_memory import remove_page
 from sim_backend.kvm.tdx.run import enter_and_exit
 from sim_backend.kvm.tdx.td import Td, TdState, TdVcpu
 from sim_backend.kvm.tdx.td_control import flush_vcpu, reclaim_td, reclaim_vcpu, release_hkid
@@ -181,11 +181,7 @@ class TdxOps:
         """Refuse a vCPU that waits for a SIPI that will never come, an uninitialised one, an unfinished TD."""
         if self.host.is_v17:
             return
-        if (
-            vcpu.mp_state == _INIT_RECEIVED
-            or not vcpu.vendor.initialized
-            or self.td.state is not _RUNNABLE
-        ):
+        if vcpu.mp_state == _INIT_RECEIVED or not vcpu.vendor.initialized or self.td.state is not _RUNNABLE:
             raise Errno(errno.EINVAL)
 
     vcpu_run = enter_and_exit  # as it is: the hottest call there is
@@ -233,9 +229,8 @@ class TdxOps:
     # ---- memory -------------------------------------------------------------------------------------------
 
     def check_memslot(self, gfn: int, npages: int) -> None:
-        """Refuse a slot whose last page carries the S-bit or lies above it."""
-        shared = self.td.gfn_shared_bit
-        if shared and gfn + npages - 1 >= shared:
+        """Refuse a slot whose last page carries the S-bit; one that lies above it is merely out of reach."""
+        if gfn + npages - 1 & self.td.gfn_shared_bit:
             raise Errno(errno.EINVAL)
 
     def memslot_removed(self, slot: "Memslot") -> None:
@@ -263,12 +258,12 @@ class TdxOps:
                 self._flush_shared()
             if private and td.mirror is not None:
                 with self.on_lp() as lp:
-                    for gfn in mirror_of(self).mapped_gfns(start, end):
-                        if gfn in td.premapped:
-                            td.premapped.discard(gfn)
-                            td.mirror.unmap(gfn)
-                        else:
-                            remove_page(self, lp, gfn)
+                    for gfn in [gfn for gfn in td.premapped if start <= gfn < end]:
+                        # 6.16 finds out that the module never got the page by its refusal to block it.
+                        self.host.seamcalls.mem_range_block(lp, td.tdr, gfn << 12)
+                        td.premapped.discard(gfn)
+                    for gfn in td.mirror.mapped_gfns(start, end):
+                        remove_page(self, lp, gfn)
 
     def _flush_shared(self) -> None:
         """Make every vCPU forget its translations of the shared tables before it enters the TD again."""

@@ -59,10 +59,10 @@ def fault_private(ops: "TdxOps", vcpu: "Vcpu", gfn: int) -> None:
                 return  # another vCPU was faster
             if add_tables(ops, vcpu.lp, gfn) and augment_page(ops, vcpu.lp, gfn, page):
                 return
-        if vcpu.kicked:
-            return
         if ops.vm.dead:
             raise Errno(errno.EIO)
+        if vcpu.kicked:
+            return
 
 
 def fault_shared(ops: "TdxOps", vcpu: "Vcpu", gfn: int, *, write: bool) -> None:

@@ -68,6 +68,8 @@ def enter_and_exit(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     if vcpu.smi_pending:
         ops.vm.bug()  # there is no SMM that it could be delivered to
         raise Errno(errno.EIO)
+    if vcpu.pending_external_vector >= 0 and vcpu.apic is not None and vcpu.apic.accepts_extint():
+        vcpu.pending_external_vector = -1  # taken from user space, and lost: KVM cannot inject into a TD
     regs = vendor.regs
     # Between here and the entry a kick is noticed either by us or, being sticky, by the guest's processor.
     vcpu.entries += 1
@@ -189,7 +191,9 @@ def _ept_violation(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
 
 
 def _ept_misconfiguration(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
-    del regs
+    status = regs[RAX]
+    if status != ExitReason.EPT_MISCONFIGURATION and not ops.host.is_v17:
+        return unexpected_exit(vcpu, status)  # it is recognised by the whole status, not by the exit reason in it
     return ops.ept_misconfiguration(vcpu)
 
 

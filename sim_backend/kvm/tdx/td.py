@@ -61,7 +61,6 @@ class TdVcpu:
         "map_gpa_end",
         "map_gpa_next",
         "pi_descriptor",
-        "pv_unhalted",
         "regs",
         "root_loaded",
         "tdcx",
@@ -81,6 +80,5 @@ class TdVcpu:
         self.last_exit = 0  # basic exit reason of the last TD exit; a TDVMCALL for an instruction counts as it
         self.halt_interrupts_blocked = False  # v17: r12 of the last HLT
         self.interrupt_since_halt = False  # v17: an interrupt was delivered after the last HLT
-        self.pv_unhalted = False  # KVM_HC_KICK_CPU named this vCPU
         self.map_gpa_next = 0
         self.map_gpa_end = 0

@@ -32,14 +32,22 @@ def create_td(ops: "TdxOps", params: TdParams) -> int:
 
     Return the ioctl's result: 0, but in v17 the key id, a positive number, when memory ran out.
 
-    Raise ``Errno``: ENOSPC (no key id), ENOMEM, EIO, EAGAIN (no entropy), EINVAL with the module's status when
-    it refuses the parameters. Whatever was taken is given back first.
+    Raise ``Errno``: ENOSPC (no key id), EBUSY (more of them than the control group may have), ENOMEM, EIO, EAGAIN
+    (no entropy), EINVAL with the module's status when it refuses the parameters. Whatever was taken is given back
+    first.
     """
     td, host = ops.td, ops.host
     hkid = host.hkids.alloc()
     if hkid is None:
         raise Errno(errno.ENOSPC)
     td.hkid = hkid
+    if (
+        host.misc_cg_max is not None
+        and not host.is_v17
+        and sum(1 for ops in host.tds if ops.td.hkid) > host.misc_cg_max
+    ):
+        _abandon(ops, [])
+        raise Errno(errno.EBUSY)
     try:
         pages = host.pages.alloc_many(1 + host.sysinfo.tdcs_pages)
     except OutOfMemory:

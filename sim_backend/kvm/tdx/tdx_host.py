@@ -64,6 +64,7 @@ class TdxHost:
         self.add_and_extend: Final[AddAndExtend | None] = getattr(seam, "mem_page_add_extend", None)
         self.key_ids: Final = key_ids
         self.hkids: Final = HkidPool(key_ids.global_hkid + 1, key_ids.private_hkids - 1)
+        self.misc_cg_max: int | None = None  # key ids that user space's misc control group may have, None: any
         self.tds: Final[list[TdxOps]] = []
         self.is_v17: Final = profile.dialect == "v17"
         lp = lps.get()
@@ -137,11 +138,9 @@ class TdxHost:
 
 
 def _supported_xstate(profile: HostProfile) -> tuple[int, int]:
-    """Return (XCR0, XSS) bits that KVM offers: the host's, of CPUID leaf 0xD, that KVM can virtualise."""
-    xcr0 = xss = 0
+    """Return the (XCR0, XSS) bits of the host that KVM can virtualise, whatever a process has to ask for first."""
+    xss = 0
     for entry in profile.supported_cpuid:
-        if entry.function == 0xD and entry.index == 0:
-            xcr0 = entry.eax | entry.edx << 32
-        elif entry.function == 0xD and entry.index == 1:
+        if entry.function == 0xD and entry.index == 1:
             xss = (entry.ecx | entry.edx << 32) & KVM_SUPPORTED_XSS
-    return xcr0, xss
+    return profile.xcomp_guest_supported, xss

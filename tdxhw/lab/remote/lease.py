@@ -5,6 +5,9 @@ Usage: ``lease.py FOLDER|- take|renew|release|show`` with a JSON object on stand
 Every operation holds an exclusive lock on one file for its whole length, so of two that race exactly one wins.
 A lease has a token; only who has it can renew or release. An expired lease is taken over, and the new holder is
 told from whom. Time is the host's own: nobody compares clocks over the network.
+
+The file is gone with a reboot, and so is what it held the host for. A ``persistent`` lease (root's only) is for work
+that goes on over reboots: it is on the disk, too, and counts wherever the first file has none.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from typing import Any
 
 NAME = "tdxhw.lease"
+KEPT = "/var/lib/tdxhw/lease"
 
 
 def choose_folder(folder: str) -> str:
@@ -46,17 +50,51 @@ def open_locked(folder: str) -> int:
     return fd
 
 
-def load(fd: int) -> dict[str, Any] | None:
+def load(fd: int, kept: str) -> dict[str, Any] | None:
     """Return the lease, ``None`` if there is none. A file that was cut off by a full disk is no lease."""
+    return parse(os.pread(fd, 65536, 0)) or parse(read(kept))
+
+
+def read(path: str) -> bytes:
+    """Return what is in a file, nothing if there is none."""
     try:
-        lease = json.loads(os.pread(fd, 65536, 0) or b"null")
+        with open(path, "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return b""
+
+
+def parse(data: bytes) -> dict[str, Any] | None:
+    """Return a lease, ``None`` if it is anything else."""
+    try:
+        lease = json.loads(data or b"null")
     except ValueError:
         return None
     return lease if isinstance(lease, dict) and "token" in lease and "expires" in lease else None
 
 
-def store(fd: int, lease: dict[str, Any] | None) -> None:
+def keep(path: str, lease: dict[str, Any] | None) -> None:
+    """Have a persistent lease on the disk, whole or not at all, and no other."""
+    if lease is not None and lease.get("persistent"):
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        partial = path + ".new"
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, json.dumps(lease).encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(partial, path)  # noqa: PTH104
+    else:
+        try:
+            os.unlink(path)  # noqa: PTH108
+        except OSError:  # there is none; or it is root's, and then it has expired
+            return
+
+
+def store(fd: int, kept: str, lease: dict[str, Any] | None) -> None:
     """Replace the lease. Written over first and cut after, so that a full disk loses no old lease."""
+    keep(kept, lease)
     data = b"" if lease is None else json.dumps(lease).encode()
     if data:
         os.pwrite(fd, data.ljust(os.fstat(fd).st_size), 0)
@@ -69,11 +107,13 @@ def public(lease: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if lease is None else {key: value for key, value in lease.items() if key != "token"}
 
 
-def operate(fd: int, operation: str, wish: dict[str, Any]) -> dict[str, Any]:
+def operate(fd: int, kept: str, operation: str, wish: dict[str, Any]) -> dict[str, Any]:
     """Do one operation under the lock."""
     now = time.time()
-    held = load(fd)
+    held = load(fd, kept)
     is_live = held is not None and held["expires"] > now
+    if held is not None and "instead_of" in wish and held.get("process") == wish["instead_of"]:
+        is_live = False  # who asks knows that its process has died
     is_mine = held is not None and held["token"] == wish.get("token")
     if operation == "show":
         return {"ok": True, "holder": public(held), "live": is_live, "now": now}
@@ -86,18 +126,20 @@ def operate(fd: int, operation: str, wish: dict[str, Any]) -> dict[str, Any]:
             "reason": wish["reason"],
             "taken": held["taken"] if held is not None and is_mine else now,
             "expires": now + wish["ttl_s"],
+            "process": wish.get("process", ""),
+            "persistent": wish.get("persistent", False),
         }
-        store(fd, lease)
+        store(fd, kept, lease)
         return {"ok": True, "taken_over": public(held) if held is not None and not is_mine else None, "now": now}
     if operation == "renew":
         # Expired and not yet taken by another: still ours.
         if held is None or not is_mine:
             return {"ok": False, "holder": public(held), "now": now}
-        store(fd, dict(held, expires=now + wish["ttl_s"]))
+        store(fd, kept, dict(held, expires=now + wish["ttl_s"]))
         return {"ok": True, "now": now}
     if operation == "release":
         if held is not None and is_mine:
-            store(fd, None)
+            store(fd, kept, None)
         return {"ok": is_mine, "holder": None if is_mine else public(held), "now": now}
     raise ValueError(operation)
 
@@ -106,8 +148,9 @@ def main(arguments: list[str]) -> int:
     """Read the command line and the wish."""
     folder, operation = arguments
     fd = open_locked(choose_folder(folder))
+    kept = KEPT if folder == "-" else os.path.join(folder, NAME + ".kept")  # noqa: PTH118
     try:
-        answer = operate(fd, operation, json.load(sys.stdin) if operation != "show" else {})
+        answer = operate(fd, kept, operation, json.load(sys.stdin) if operation != "show" else {})
     finally:
         os.close(fd)
     json.dump(answer, sys.stdout)

@@ -77,3 +77,22 @@ def test_bytes_inside_other_instructions_are_not_mistaken_for_vex(codes: list[st
     found = find_misexecuted(guilty, long_mode=True, default_32=True)
     assert found is not None
     assert found[0] == len(innocent)
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("f0ff07", True),  # LOCK INC [rdi]
+        ("f048 0fc70f", True),  # LOCK CMPXCHG16B
+        ("f0830424 00", True),  # LOCK ADD [rsp], 0
+        ("f00fba2b03", True),  # LOCK BTS [rbx], 3
+        ("f0ffc0", False),  # of a register
+        ("f08907", False),  # MOV
+        ("f0ee", False),  # OUT
+        ("f03807", False),  # CMP
+        ("f00fba2303", False),  # BT
+    ],
+)
+def test_a_lock_prefix_is_let_through_where_the_architecture_has_one(code: str, allowed: bool) -> None:
+    found = find_misexecuted(bytes.fromhex(code), long_mode=True, default_32=True)
+    assert (found is None) is allowed

@@ -82,6 +82,29 @@ def test_locked_increments_of_two_cpus_all_count(machine: Any) -> None:
     assert int.from_bytes(machine.memory.read(0xA000, 4), "little") == 2 * rounds
 
 
+def test_a_kick_never_makes_an_instruction_execute_twice(machine: Any) -> None:
+    rounds = 20_000_000
+    cpu = machine.long_mode()
+    machine.code("48ffc0 f0ff042500a00000 48ffc9 75f0 f4")  # INC RAX; LOCK INC [0xA000]; DEC RCX; JNZ
+    machine.entry(0xA000, 0)
+    machine.begin(cpu).gprs[RCX] = rounds
+    done = threading.Event()
+
+    def kick() -> None:
+        while not done.wait(0.0003):
+            cpu.kick()
+
+    kicker = threading.Thread(target=kick)
+    kicker.start()
+    kicks = 0
+    while cpu.run().reason == ExitReason.EXTERNAL_INTERRUPT:
+        kicks += 1
+    done.set()
+    kicker.join()
+    assert kicks > 10
+    assert (cpu.gprs[RAX], int.from_bytes(machine.memory.read(0xA000, 4), "little")) == (rounds, rounds)
+
+
 def test_a_waiting_cpu_gets_its_turn_from_an_endless_one(machine: Any) -> None:
     second = machine.new_cpu()
     machine.long_mode(second)

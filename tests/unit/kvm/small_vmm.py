@@ -64,10 +64,12 @@ class UserMemory:
 class SmallVm:
     """One VM with one slot at GPA 0."""
 
-    def __init__(self, kernel: SimKernel, code: bytes = b"\xf4", *, split: bool = False, n_vcpus: int = 1) -> None:
+    def __init__(
+        self, kernel: SimKernel, code: bytes = b"\xf4", *, split: bool = False, n_vcpus: int = 1, vm_type: int = 0
+    ) -> None:
         self.kernel = kernel
         self.kvm = Kvm(kernel)
-        self.vm = self.kvm.create_vm()
+        self.vm = self.kvm.create_vm(vm_type)
         self.memory = UserMemory()
         self.memory[CODE] = code
         if split:

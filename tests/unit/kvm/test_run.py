@@ -19,10 +19,18 @@ HALTED, UNINITIALIZED = 3, 1
 
 @pytest.fixture
 def alarm() -> object:
-    """Return a function that sends SIGALRM, with a handler, after a time [s]."""
+    """Return a function that sends SIGALRM, with a handler, to this thread and no other after a time [s]."""
     previous = signal.signal(signal.SIGALRM, lambda *_: None)
-    yield lambda delay_s: signal.setitimer(signal.ITIMER_REAL, delay_s)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    timers: list[threading.Timer] = []
+
+    def later(delay_s: float) -> None:
+        timers.append(threading.Timer(delay_s, signal.pthread_kill, (threading.get_ident(), signal.SIGALRM)))
+        timers[-1].start()
+
+    yield later
+    for timer in timers:
+        timer.cancel()
+        timer.join()
     signal.signal(signal.SIGALRM, previous)
 
 
@@ -40,6 +48,48 @@ def test_a_signal_ends_a_halted_vcpu_and_leaves_it_halted(kernel: SimKernel, ala
         alarm(0.05)  # type: ignore[operator]
         assert errno_of(small.vcpu.run) == "EINTR"
         assert small.vcpu.get_mp_state() == HALTED
+
+
+def test_a_signal_that_the_signal_mask_blocks_waits_until_the_run_is_over(kernel: SimKernel, alarm: object) -> None:
+    out = b"\xe6\x80"
+    with SmallVm(kernel, b"\x66\xb9\x00\x00\x00\x01" + b"\x67\xe2\xfd" + out) as small:  # mov ecx, 2^24; loop; out
+        blocked = 1 << signal.SIGALRM - 1
+        small.vcpu.set_signal_mask(blocked.to_bytes(8, "little"))
+        alarm(0.005)  # type: ignore[operator]
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_IO
+        assert signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "the thread has its own mask again"
+        small.vcpu.set_signal_mask(None)
+        small.memory[CODE] = ENDLESS_LOOP
+        small.start(small.vcpu, CODE)
+        alarm(0.05)  # type: ignore[operator]
+        assert errno_of(small.vcpu.run) == "EINTR"
+
+
+def test_a_signal_that_only_the_signal_mask_lets_through_ends_the_run_and_stays_pending(
+    kernel: SimKernel, alarm: object
+) -> None:
+    with SmallVm(kernel, ENDLESS_LOOP) as small:
+        small.vcpu.set_signal_mask(bytes(8))
+        outside = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        try:
+            alarm(0.02)  # type: ignore[operator]
+            for _ in range(2):  # the second finds it pending already
+                assert errno_of(small.vcpu.run) == "EINTR"
+                assert small.vcpu.exit_reason == KvmExit.KVM_EXIT_INTR
+                assert signal.SIGALRM in signal.sigpending()
+            assert signal.sigtimedwait({signal.SIGALRM}, 0) is not None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, outside)
+
+
+@pytest.mark.parametrize("size", [1, 4096])
+def test_code_that_user_space_replaces_between_two_runs_is_what_runs_next(kernel: SimKernel, size: int) -> None:
+    with SmallVm(kernel, b"\x90" * 3 + b"\xf4") as small:
+        for length in (4, 2, 3, 2):
+            small.memory[CODE] = (b"\x90" * (length - 1) + b"\xf4").ljust(size, b"\xf4")
+            small.start(small.vcpu, CODE)
+            assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
+            assert small.vcpu.get_regs().rip == CODE + length
 
 
 def test_what_a_signal_handler_raises_comes_out_of_the_call(kernel: SimKernel) -> None:
@@ -174,3 +224,37 @@ def test_the_run_page_is_consistent_for_a_thread_that_watches(kernel: SimKernel)
         stop.set()
         thread.join()
         assert ports <= {0, 0x10}
+
+
+@pytest.mark.parametrize(("kernel", "error"), [("pvm", "ENOSPC"), ("svm", None)], indirect=["kernel"])
+def test_shadow_paging_cannot_run_before_the_first_memslot(kernel: SimKernel, error: str | None) -> None:
+    with SmallVm(kernel, n_vcpus=0) as small:
+        bare = small.kvm.create_vm()
+        vcpu = bare.create_vcpu(0)
+        assert errno_of(vcpu.run) == error
+        bare.set_user_memory_region(0, 0, small.memory.length, small.memory.hva)
+        bare.set_user_memory_region(0, 0, 0, 0)
+        assert errno_of(vcpu.run) is None
+        assert vcpu.exit_reason == KvmExit.KVM_EXIT_INTERNAL_ERROR
+        vcpu.close()
+        bare.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "exits"),
+    [
+        (b"\x6c\xf4", [KvmExit.KVM_EXIT_IO, KvmExit.KVM_EXIT_MMIO, KvmExit.KVM_EXIT_HLT]),  # INS: port, then memory
+        (b"\x6e\xf4", [KvmExit.KVM_EXIT_MMIO, KvmExit.KVM_EXIT_IO, KvmExit.KVM_EXIT_HLT]),  # OUTS: memory, then port
+    ],
+)
+def test_a_string_port_access_to_mmio_asks_user_space_for_both(
+    kernel: SimKernel, code: bytes, exits: list[KvmExit]
+) -> None:
+    with SmallVm(kernel, code) as small:
+        sregs = small.vcpu.get_sregs()
+        sregs.es.base = sregs.ds.base = 0x2_0000
+        small.vcpu.set_sregs(sregs)
+        regs = small.vcpu.get_regs()
+        regs.rdx = 0x80
+        small.vcpu.set_regs(regs)
+        assert [small.vcpu.run() for _ in exits] == exits

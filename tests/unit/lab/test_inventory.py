@@ -201,3 +201,62 @@ def test_any_text_is_either_a_lab_file_or_an_error_with_a_line(
     except InventoryError as error:
         problem = str(error)
     assert problem == "" or problem.startswith(f"{path}:")
+
+
+@pytest.mark.parametrize(
+    ("drivers", "message"),
+    [
+        (
+            "power: {driver: redfish, url: 'http://bmc-1', credentials_env: X}",
+            "http would send the password in the clear",
+        ),
+        (
+            "power: {driver: ipmi, address: a, credentials_env: X, cipher_suite: 0}",
+            "cipher_suite 0 protects too little",
+        ),
+        ("power: {driver: ipmi, address: a, credentials_env: X, privilege: root}", "one of: operator, administrator"),
+        ("console: {driver: ipmi-sol, address: a}", "needs credentials_env"),
+        ("power: {driver: command, on: [a], off: [a]}", "has no 'status'"),
+        ("power: {driver: command, on: [a], off: [a], status: a}", "has to be a list"),
+    ],
+)
+def test_the_options_of_power_and_console_are_checked(tmp_path: Path, drivers: str, message: str) -> None:
+    write(tmp_path, f"host:\n  name: a\n  ssh: a\n  {drivers}\n")
+    with pytest.raises(InventoryError) as error:
+        inventory.load(tmp_path)
+    assert message in str(error.value)
+
+
+def test_on_and_off_are_commands_although_yaml_takes_them_for_true_and_false(tmp_path: Path) -> None:
+    write(tmp_path, "host: {name: a, ssh: a, power: {driver: command, on: [x], off: [y], status: [z]}}\n")
+    power = inventory.load(tmp_path).host("a").power
+    assert power == Driver("command", {"on": ("x",), "off": ("y",), "status": ("z",)})
+
+
+def test_a_ca_is_found_beside_its_lab_file_and_a_tunnel_needs_no_tls(tmp_path: Path) -> None:
+    options = "credentials_env: X"
+    write(tmp_path, f"host: {{name: a, ssh: a, power: {{driver: redfish, url: 'https://b', ca: ca.pem, {options}}}}}\n")
+    write(
+        tmp_path, f"host: {{name: b, ssh: b, power: {{driver: redfish, url: 'http://[::1]:8', {options}}}}}\n", "b.yaml"
+    )
+    power = inventory.load(tmp_path).host("a").power
+    assert power is not None
+    assert power.options["ca"] == str(tmp_path / "ca.pem")
+
+
+@pytest.mark.parametrize(
+    ("power", "console", "expected"),
+    [
+        ("{driver: ipmi, address: a, port: 6, cipher_suite: 3, credentials_env: X}", "{driver: ipmi-sol}",
+         {"address": "a", "port": 6, "cipher_suite": 3, "credentials_env": "X"}),
+        ("{driver: ipmi, address: a, credentials_env: X}", "{driver: ipmi-sol, address: b, credentials_env: Y}",
+         {"address": "b", "credentials_env": "Y"}),
+        ("{driver: redfish, url: 'https://a', credentials_env: X}", "{driver: ipmi-sol, address: a}",
+         {"address": "a", "credentials_env": "X"}),
+    ],
+)  # fmt: skip
+def test_serial_over_lan_takes_from_power_what_it_does_not_say(
+    tmp_path: Path, power: str, console: str, expected: dict[str, object]
+) -> None:
+    write(tmp_path, f"host: {{name: a, ssh: a, power: {power}, console: {console}}}\n")
+    assert inventory.sol_options(inventory.load(tmp_path).host("a")) == expected

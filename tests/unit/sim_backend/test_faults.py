@@ -176,6 +176,28 @@ def test_no_hkid_left_is_enospc_and_the_vm_can_try_again(machine: Machine) -> No
     assert machine.leftovers() == []
 
 
+@on("7.3", "6.16")
+def test_a_control_group_that_may_have_no_more_tds_is_ebusy(machine: Machine) -> None:
+    inject(machine, "misc-cgroup-limit:left=1")
+    with TestTd(machine) as first, TestTd(machine) as second:
+        first.enable_caps().init_vm()
+        free = machine.free_hkids
+        assert refusal(second.init_vm) == (errno.EBUSY, 0)
+        assert machine.free_hkids == free
+        first.close()
+        second.init_vm()
+    assert machine.leftovers() == []
+
+
+def test_no_hkid_comes_before_the_control_group(machine: Machine) -> None:
+    inject(machine, "misc-cgroup-limit")
+    undo = inject(machine, "out-of-hkids")
+    with TestTd(machine) as td:
+        assert refusal(td.init_vm) == (errno.ENOSPC, 0)
+        undo()
+        assert refusal(td.init_vm) == (errno.EBUSY, 0)
+
+
 def test_an_hkid_comes_back_when_its_td_is_gone(machine: Machine) -> None:
     inject(machine, "out-of-hkids:left=1")
     for _ in range(3):

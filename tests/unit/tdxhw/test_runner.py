@@ -129,6 +129,27 @@ def test_a_failed_call_is_told_in_one_line_first(run: Run, mainline: FakeHost) -
     assert "Traceback" in result.details or "def test_it" in result.details
 
 
+def test_a_limit_of_the_simulator_is_one_line_and_the_test_s_own(run: Run, mainline: FakeHost) -> None:
+    source = (
+        "from uapi_ctypes.errors import BackendLimit\n"
+        "def deep():\n"
+        "    limit = BackendLimit('cannot execute a VEX-encoded instruction at RIP 0x10: bytes c5 f1')\n"
+        "    limit.registers = {'rip': 16, 'rax': 255}\n"
+        "    raise limit\n"
+        "def test_it(host):\n    deep()\n"
+    )
+
+    record = run(source, mainline)
+
+    (result,) = record.results
+    assert (record.exit_code, result.outcome) == (1, "failed")
+    assert result.reason == (
+        "the simulator cannot go on: cannot execute a VEX-encoded instruction at RIP 0x10: bytes c5 f1; "
+        "rip=0x10 rax=0xff"
+    )
+    assert result.details.splitlines() == ["test_own.py:7: raise limit", result.reason]
+
+
 def test_what_a_test_leaves_over_is_an_error_and_not_the_next_one_s(run: Run, mainline: FakeHost) -> None:
     source = "def test_a(kernel): kernel.open('/dev/kvm')\ndef test_b(kernel): pass\n"
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def tdvmcall_hlt(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
     """Halt the vCPU unless an event is pending; R12 ≠ 0: interrupts are blocked (`kvm_emulate_halt_noskip()`)."""
     vcpu.vendor.halt_interrupts_blocked = bool(regs[R12])
-    if not has_events(ops, vcpu):
+    if has_events(ops, vcpu):
+        vcpu.pv_unhalted = False
+    else:
         vcpu.mp_state = MpState.HALTED
     return True

@@ -33,6 +33,11 @@ _CLOCK_PAIRING: Final = struct.Struct("<qqQI36x")
 _ICR_DESTINATION_AND_SHORTHAND: Final = 0xC0000 | 1 << 11
 _APIC_MODE: Final = 0x700
 _BITMAP_BITS: Final = 64
+_KVM_CPUID_FEATURES: Final = 0x4000_0001
+_PV_FEATURES: Final[Mapping[int, int]] = MappingProxyType(
+    {KVM_HC_KICK_CPU: 7, KVM_HC_SEND_IPI: 11, KVM_HC_SCHED_YIELD: 13}  # KVM_FEATURE_PV_UNHALT, _SEND_IPI, _SCHED_YIELD
+)
+"""The bit of the feature leaf that offers a hypercall, for user space that wants that enforced."""
 
 
 def hypercall(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
@@ -40,7 +45,7 @@ def hypercall(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
     number = regs[R10]
     if number == KVM_HC_MAP_GPA_RANGE:
         return _map_gpa_range(ops, vcpu, regs)
-    handler = _HYPERCALLS.get(number)
+    handler = _HYPERCALLS.get(number) if _is_offered(vcpu, number) else None
     regs[R10] = (-KVM_ENOSYS if handler is None else handler(vcpu, regs)) & _U64
     return True
 
@@ -72,6 +77,14 @@ def _complete_map_gpa_range(vcpu: "Vcpu") -> bool:
     return True
 
 
+def _is_offered(vcpu: "Vcpu", number: int) -> bool:
+    """Tell whether the vCPU's CPUID table offers the hypercall, or nobody cares (`guest_pv_has()`)."""
+    feature = _PV_FEATURES.get(number)
+    if feature is None or not vcpu.enforce_pv_features:
+        return True
+    return vcpu.cpuid.has(_KVM_CPUID_FEATURES, "eax", feature)
+
+
 def _nothing(vcpu: "Vcpu", regs: list[int]) -> int:
     del vcpu, regs
     return 0
@@ -81,7 +94,7 @@ def _kick_cpu(vcpu: "Vcpu", regs: list[int]) -> int:
     """R12 = APIC id of the vCPU to wake."""
     target = vcpu.vm.vcpus_by_id.get(regs[R12] & 0xFFFF_FFFF)
     if target is not None:
-        target.vendor.pv_unhalted = True
+        target.pv_unhalted = True
         target.kick()
     return 0
 

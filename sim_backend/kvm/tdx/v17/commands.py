@@ -17,7 +17,7 @@ from sim_backend.kvm.tdx.commands import (
 )
 from sim_backend.kvm.tdx.seamcalls import SUCCESS
 from sim_backend.kvm.tdx.td import TdState
-from sim_backend.kvm.tdx.td_control import release_hkid
+from sim_backend.kvm.tdx.td_control import reclaim_page, release_hkid
 from sim_backend.kvm.tdx.v17.capabilities import tdx_get_capabilities
 from sim_backend.kvm.tdx.v17.init_mem_region import tdx_init_mem_region
 from sim_backend.kvm.tdx.v17.init_vm import tdx_td_init
@@ -58,6 +58,10 @@ def tdx_release_vm(ops: "TdxOps", cmd: TdxCmd) -> int:
     del cmd
     release_hkid(ops)
     ops.zap_gfn_range(0, 1 << 52, private=True, shared=True)
+    if ops.td.mirror is not None and not ops.td.hkid:
+        with ops.on_lp() as lp:
+            for page in ops.td.mirror.drop_tables():
+                reclaim_page(ops, lp, page)
     return 0
 
 

@@ -64,6 +64,7 @@ def tdx_td_init(ops: "TdxOps", cmd: "TdxCmd") -> int:
         mrownerconfig=mrownerconfig,
         cpuid_values=tuple(configured(config, entries) or (0, 0, 0, 0) for config in host.sysinfo.cpuid_configs),
     )
+    _forget_released_td(ops)
     result = create_td(ops, params)
     if result:
         return result
@@ -73,6 +74,15 @@ def tdx_td_init(ops: "TdxOps", cmd: "TdxCmd") -> int:
     td.init_cpuid = tuple(entries)
     td.state = TdState.INITIALIZED
     return 0
+
+
+def _forget_released_td(ops: "TdxOps") -> None:
+    """Overwrite what KVM knows of the TD that KVM_TDX_RELEASE_VM left: nobody will ever reclaim its pages."""
+    td = ops.td
+    if td.tdr:
+        for page in (td.tdr, *td.tdcs):
+            ops.host.pages.leak(page)
+        td.tdr, td.tdcs = 0, []
 
 
 def _xfam(ops: "TdxOps", entries: Sequence[CpuidEntry]) -> int:

@@ -33,6 +33,20 @@ def test_an_ordinary_vm_does_not_know_the_ioctl(td: TestTd) -> None:
             assert issue(vcpu, KvmTdxCmd(INIT_VCPU)) == errno.EINVAL
 
 
+def test_an_ordinary_vm_does_not_even_read_the_command(td: TestTd) -> None:
+    with Kvm(td.machine.kernel()) as kvm, kvm.create_vm(0) as vm:
+        assert issue(vm, BAD_POINTER) == errno.ENOTTY
+
+
+def test_an_unknown_ioctl_is_enotty_on_the_vm_and_einval_on_a_vcpu(td: TestTd) -> None:
+    td.enable_caps().init_vm()
+    vcpu = td.create_vcpu(init=False)
+    for target, expected in ((td.vm, errno.ENOTTY), (vcpu, errno.EINVAL)):
+        with pytest.raises(KvmError) as raised:
+            target.ioctl(0xAEFF)
+        assert raised.value.errno == expected
+
+
 def test_an_unreadable_command_is_efault_on_the_vm(td: TestTd) -> None:
     assert issue(td.vm, BAD_POINTER) == errno.EFAULT
 
@@ -45,6 +59,11 @@ def test_a_stale_hw_error_is_einval_before_the_id_is_looked_at(td: TestTd, numbe
 @pytest.mark.parametrize("number", [INIT_VCPU, INIT_MEM_REGION, GET_CPUID, 6, 0xFFFFFFFF])
 def test_vcpu_commands_and_unknown_ids_are_einval_on_the_vm_fd(td: TestTd, number: int) -> None:
     assert issue(td.vm, KvmTdxCmd(number)) == errno.EINVAL
+
+
+@pytest.mark.parametrize("number", [INIT_VCPU, INIT_MEM_REGION, GET_CPUID, 6])
+def test_what_the_vm_fd_does_not_know_is_not_written_back(td: TestTd, number: int) -> None:
+    assert issue(td.vm, td.read_only_copy(KvmTdxCmd(number))) == errno.EINVAL
 
 
 def test_a_naive_retry_after_a_module_failure_trips_over_hw_error(td: TestTd) -> None:
@@ -80,6 +99,16 @@ def test_a_faulting_write_back_is_efault_although_the_td_was_initialised(td: Tes
     assert issue(td.vm, td.read_only_copy(KvmTdxCmd(INIT_VM, 0, ctypes.addressof(init)))) == errno.EFAULT
     assert issue(td.vm, KvmTdxCmd(INIT_VM, 0, ctypes.addressof(init))) == errno.EINVAL
     td.create_vcpu(init=False)
+
+
+def test_a_faulting_write_back_is_efault_although_the_td_was_finalised(td: TestTd) -> None:
+    td.enable_caps().init_vm()
+    td.create_vcpu()
+    assert issue(td.vm, td.read_only_copy(KvmTdxCmd(FINALIZE_VM))) == errno.EFAULT
+    assert issue(td.vm, KvmTdxCmd(FINALIZE_VM)) == errno.EINVAL
+    with pytest.raises(KvmError) as raised:
+        td.create_vcpu(1, init=False)
+    assert raised.value.errno == errno.EIO, "the TD is runnable"
 
 
 class TestVcpuFd:

@@ -3,6 +3,8 @@
 import errno
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sim_backend.machine import Machine
 from tests.unit.kvm.tdx.guest_code import R10, R11, RBX, S_BIT, SHARED_ALIAS, TDG_MEM_PAGE_ACCEPT, Program
@@ -11,7 +13,7 @@ from tests.unit.kvm.tdx.vmm import EXIT_HYPERCALL, GPAW48, PRIVATE, X2APIC, Test
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kvm import KvmPreFaultMemory
 from uapi_ctypes.kvm_run import KvmExit
-from uapi_ctypes.kvm_state import KvmCpuid2
+from uapi_ctypes.kvm_state import KvmCpuid2, KvmCpuidEntry2
 from uapi_ctypes.tdx_leaves import SeamcallLeaf as H
 
 MAP_GPA = 0x10001
@@ -54,14 +56,29 @@ class TestMapGpa:
         td.add_image(map_gpa(1, 0)).finalize()
         assert td.run_to_end() == [UNSUPPORTED, 1]
 
-    def test_an_s_bit_that_the_cpuid_table_does_not_cover_is_illegal(self, td: TestTd) -> None:
+    @pytest.mark.parametrize(
+        ("table", "width"),
+        [
+            ([cpuid_entry(0x80000000, eax=0x80000008), cpuid_entry(0x80000008, eax=GPAW48 | 46)], 46),
+            ([cpuid_entry(0x80000000, eax=0x80000007), cpuid_entry(0x80000008, eax=GPAW48 | 46)], 36),
+            ([cpuid_entry(0x80000008, eax=GPAW48 | 46)], 36),
+            ([], 36),
+        ],
+    )
+    def test_what_the_cpuid_table_does_not_cover_is_illegal(
+        self, td: TestTd, table: list[KvmCpuidEntry2], width: int
+    ) -> None:
         td.enable_caps().init_vm().add_memory()
         vcpu = td.create_vcpu(init=False)
-        table = [cpuid_entry(1, ecx=X2APIC), cpuid_entry(0x80000000, eax=0x80000008)]
-        vcpu.set_cpuid2(KvmCpuid2.of([*table, cpuid_entry(0x80000008, eax=GPAW48 | 46)]))
+        vcpu.set_cpuid2(KvmCpuid2.of([cpuid_entry(1, ecx=X2APIC), *table]))
         vcpu.tdx_init_vcpu()
-        td.add_image(map_gpa(S_BIT, PAGE)).finalize()
-        assert td.run_to_end() == [INVALID_OPERAND, S_BIT]
+        program = Program()
+        for gpa in (S_BIT, 1 << width, (1 << width) - PAGE):
+            program.vmcall(MAP_GPA, gpa, PAGE).report(R10)
+        td.add_image(program.done()).finalize()
+        assert td.run() == HYPERCALL
+        assert td.vcpu.kvm_run.hypercall.args[0] == (1 << width) - PAGE
+        assert td.reported == [INVALID_OPERAND, INVALID_OPERAND]
 
     def test_it_comes_in_chunks_of_2_mib(self, td: TestTd) -> None:
         td.build(map_gpa(S_BIT | PAGE, 5 * MIB))
@@ -72,6 +89,22 @@ class TestMapGpa:
             chunks.append(tuple(call.args[:3]))
         assert chunks == [(PAGE, 512, 0), (PAGE + 2 * MIB, 512, 0), (PAGE + 4 * MIB, 256, 0)]
         assert td.reported == [0, MAP_GPA]
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(first=st.integers(0, 1 << 20), pages=st.integers(1, 5000), shared_bit=st.sampled_from([0, S_BIT]))
+    def test_the_chunks_cover_the_range_without_gap_or_overlap(
+        self, machine: Machine, first: int, pages: int, shared_bit: int
+    ) -> None:
+        with TestTd(machine) as td:
+            td.build(map_gpa(shared_bit | first * PAGE, pages * PAGE))
+            expected = first * PAGE
+            while td.run() == HYPERCALL:
+                gpa, npages, attributes = list(td.vcpu.kvm_run.hypercall.args)[:3]
+                assert (gpa, attributes) == (expected, 0 if shared_bit else 16)
+                assert npages * PAGE == min(2 * MIB, (first + pages) * PAGE - gpa), "2 MiB from where it begins"
+                expected += npages * PAGE
+            assert expected == (first + pages) * PAGE
+            assert td.reported == [0, MAP_GPA]
 
     def test_to_private_says_so(self, td: TestTd) -> None:
         td.build(map_gpa(0, PAGE))
@@ -120,6 +153,18 @@ class TestMapGpa:
         ops = td.machine.host.vms[-1].ops
         ops.deliver_interrupt(td.machine.host.vms[-1].vcpus[0], 0x41)
         assert td.run_to_end() == [RETRY, S_BIT | 2 * MIB]
+
+    def test_so_does_a_pending_nmi(self, td: TestTd) -> None:
+        td.build(map_gpa(0, 3 * MIB))
+        assert td.run() == HYPERCALL
+        td.vcpu.nmi()
+        assert td.run_to_end() == [RETRY, 2 * MIB]
+
+    def test_after_the_last_chunk_nobody_looks_for_events(self, td: TestTd) -> None:
+        td.build(map_gpa(0, 2 * MIB))
+        assert td.run() == HYPERCALL
+        td.vcpu.nmi()
+        assert td.run_to_end() == [0, MAP_GPA]
 
 
 class TestSharing:
@@ -247,6 +292,16 @@ class TestZaps:
         leaked = machine.pages.leaked
         assert len(leaked) == 2, "the page, and the TDR, which still has a child"
         assert machine.pages.in_use == len(leaked)
+
+    def test_tables_stay_until_the_key_id_is_gone(self, seam: ScriptedSeam, td: TestTd) -> None:
+        self.mapped(td, seam)
+        for slot, memory in ((0, td.image_source), (1, td.low)):
+            td.vm.set_user_memory_region2(slot, 0, 0, memory.hva)
+        assert seam.leaves().count(H.TDH_MEM_PAGE_REMOVE) == 17
+        assert H.TDH_PHYMEM_PAGE_RECLAIM not in seam.leaves()
+        td.close()
+        leaves = seam.leaves()
+        assert leaves.index(H.TDH_PHYMEM_PAGE_RECLAIM) > leaves.index(H.TDH_MNG_KEY_FREEID)
 
     @pytest.mark.parametrize("leaf", [H.TDH_MEM_PAGE_AUG, H.TDH_MEM_SEPT_ADD])
     def test_busy_while_mapping_is_invisible(self, seam: ScriptedSeam, td: TestTd, leaf: H) -> None:

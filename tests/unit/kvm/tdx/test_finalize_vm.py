@@ -62,3 +62,15 @@ def test_6_16_refuses_while_a_page_is_mapped_and_not_added(td: TestTd, seam: Scr
     td.add_image(Program().done())
     td.finalize()
     td.run_to_end()
+
+
+@pytest.mark.parametrize("machine", ["6.16"], indirect=True)
+def test_6_16_forgets_such_a_page_when_a_hole_is_punched(td: TestTd, seam: ScriptedSeam) -> None:
+    td.enable_caps().init_vm().add_memory()
+    td.create_vcpu()
+    seam.fail(H.TDH_MEM_PAGE_ADD, 0x8000_0200 << 32)
+    with pytest.raises(KvmError, match="EBUSY"):
+        td.add_image(Program().done())
+    td.gmem0.punch_hole(0, 0x1000)
+    assert seam.leaves()[-1] == H.TDH_MEM_RANGE_BLOCK, "refused: the module never had it"
+    td.vm.tdx_finalize_vm()

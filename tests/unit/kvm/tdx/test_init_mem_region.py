@@ -5,6 +5,8 @@ import errno
 import hashlib
 import mmap
 import signal
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 
@@ -20,6 +22,8 @@ from uapi_ctypes.tdx_mainline import KvmTdxInitMemRegion as Region
 BUSY = 0x8000_0200 << 32
 INVALID = 0xC000_0100 << 32
 PAGE = 4096
+EHWPOISON = 133
+LAST_CALL = 40
 
 
 @pytest.fixture
@@ -82,6 +86,8 @@ def test_bad_regions_are_einval_and_stay_as_they_were(
     before = fields(region)
     assert add(td, region) == errno.EINVAL
     assert fields(region) == before
+    with pytest.raises(KvmError, match="EINVAL"):  # it is not even written back: that would be EFAULT
+        td.vcpu.tdx_command(td.dialect.init_mem_region, td.read_only_copy(region))
 
 
 def test_a_count_that_loses_its_top_bits_runs_page_by_page_until_something_fails(
@@ -130,10 +136,54 @@ def unreadable_page() -> UserMemory:
     return memory
 
 
-@pytest.mark.parametrize(("machine", "first"), [("7.3", errno.EFAULT), ("6.16", errno.EINVAL)], indirect=["machine"])
-def test_source_and_attribute_are_checked_in_the_releases_order(td: TestTd, first: int) -> None:
+def without_slot(td: TestTd, region: Region) -> None:
+    td.vm.set_user_memory_region2(1, 0, 0, td.low.hva)
+
+
+def file_is_gone(td: TestTd, region: Region) -> None:
+    td.gmem1.close()
+
+
+def source_is_unreadable(td: TestTd, region: Region) -> None:
+    source = unreadable_page()
+    region.source_addr, region.keeps_alive = source.hva, source
+
+
+def page_is_poisoned(td: TestTd, region: Region) -> None:
+    td.ops.vm.gmems[1].poisoned.add(0)
+
+
+def page_is_shared(td: TestTd, region: Region) -> None:
     td.vm.set_memory_attributes(0, PAGE, 0)
-    assert add(td, Region(unreadable_page().hva, 0, 1)) == first
+
+
+def tables_are_too_deep(td: TestTd, region: Region) -> None:
+    table = [cpuid_entry(1, ecx=X2APIC), cpuid_entry(0x80000000, eax=0x80000008)]
+    td.vcpu.set_cpuid2(KvmCpuid2.of([*table, cpuid_entry(0x80000008, eax=52 << 16 | 0x3034)]))
+
+
+Violation: TypeAlias = "tuple[Callable[[TestTd, Region], None], int]"
+SLOT: Violation = (without_slot, errno.EINVAL)
+GONE: Violation = (file_is_gone, errno.EFAULT)
+SOURCE: Violation = (source_is_unreadable, errno.EFAULT)
+POISON: Violation = (page_is_poisoned, EHWPOISON)
+ATTRIBUTE: Violation = (page_is_shared, errno.EINVAL)
+ROOT: Violation = (tables_are_too_deep, errno.EIO)
+PER_PAGE = {
+    "7.3": [SLOT, GONE, SOURCE, POISON, ATTRIBUTE, ROOT],
+    "6.16": [SLOT, GONE, POISON, ATTRIBUTE, SOURCE, ROOT],
+}
+"""What is checked for every page, in each release's order."""
+
+
+@pytest.mark.parametrize("first", range(6))
+@pytest.mark.parametrize("machine", PER_PAGE, indirect=True)
+def test_a_page_that_breaks_several_rules_reports_the_first(td: TestTd, source: UserMemory, first: int) -> None:
+    region = Region(source.hva, 0, 1)
+    rules = PER_PAGE[td.machine.profile.name][first:]
+    for violate, _ in reversed(rules):  # a slot that is gone hides its file, so it goes last
+        violate(td, region)
+    assert add(td, region) == rules[0][1]
 
 
 def test_a_source_that_ends_in_the_middle_adds_what_there_is(td: TestTd) -> None:
@@ -168,6 +218,18 @@ def test_an_attribute_round_trip_or_a_hole_makes_room_again(td: TestTd, source: 
     td.vm.set_memory_attributes(0, PAGE, PRIVATE)
     td.gmem1.punch_hole(PAGE, PAGE)
     assert add(td, Region(source.hva, 0, 2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"), [("7.2", 0), ("6.18", errno.EEXIST), ("6.16", errno.EEXIST)], indirect=["machine"]
+)
+def test_before_7_0_a_filled_page_is_new_only_after_a_hole(td: TestTd, source: UserMemory, expected: int) -> None:
+    assert add(td, Region(source.hva, 0, 1)) == 0
+    td.vm.set_memory_attributes(0, PAGE, 0)
+    td.vm.set_memory_attributes(0, PAGE, PRIVATE)
+    assert add(td, Region(source.hva, 0, 1)) == expected
+    td.gmem1.punch_hole(0, PAGE)
+    assert add(td, Region(source.hva, 0, 1)) == 0
 
 
 def test_a_region_that_cannot_be_written_back_is_efault_although_pages_were_added(
@@ -214,12 +276,43 @@ class TestModule:
         assert add(td, Region(source.hva, 0, 2)) == 0
         assert H.TDH_MR_EXTEND not in seam.leaves()
 
-    @pytest.mark.parametrize("leaf", [H.TDH_MEM_PAGE_ADD, H.TDH_MEM_SEPT_ADD])
+    @pytest.mark.parametrize(
+        ("machine", "leaf"),
+        [("7.3", H.TDH_MEM_PAGE_ADD), ("7.3", H.TDH_MEM_SEPT_ADD), ("6.16", H.TDH_MEM_SEPT_ADD)],
+        indirect=["machine"],
+    )
     def test_busy_is_retried_until_it_succeeds(
         self, seam: ScriptedSeam, td: TestTd, source: UserMemory, leaf: H
     ) -> None:
         seam.fail(leaf, *[BUSY] * 50)
         assert add(td, Region(source.hva, 0, 1)) == 0
+
+    @pytest.mark.parametrize("leaf", [H.TDH_MEM_PAGE_ADD, H.TDH_MEM_SEPT_ADD])
+    def test_a_module_that_stays_busy_is_left_by_a_signal(
+        self, seam: ScriptedSeam, td: TestTd, source: UserMemory, leaf: H
+    ) -> None:
+        previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+
+        def busy(lp: int, regs: list[int]) -> None:
+            if regs[0] == leaf and len(seam.calls) < LAST_CALL:
+                seam.fail(leaf, BUSY)
+            elif regs[0] == leaf:
+                signal.raise_signal(signal.SIGUSR1)
+                seam.fail(leaf, BUSY)
+            seam.execute(lp, regs)
+
+        seam.calls.clear()
+        seam.hook = busy
+        try:
+            region = Region(source.hva, 0, 2)
+            before = fields(region)
+            assert add(td, region) == errno.EINTR
+            assert fields(region) == before
+            assert len(seam.calls) >= LAST_CALL
+            seam.hook = None
+            assert add(td, region) == 0
+        finally:
+            signal.signal(signal.SIGUSR1, previous)
 
     @pytest.mark.parametrize("leaf", [H.TDH_MEM_PAGE_ADD, H.TDH_MEM_SEPT_ADD, H.TDH_MR_EXTEND])
     def test_anything_else_is_eio_and_bugs_the_vm(

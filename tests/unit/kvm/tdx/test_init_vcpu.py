@@ -2,6 +2,9 @@ import errno
 
 import pytest
 
+from sim_backend.hw.gprs import R8, R9, RAX, RDX
+from sim_backend.kvm.tdx import vp_fields
+from sim_backend.kvm.tdx.init_vcpu import POSTED_INTERRUPT_VECTOR
 from sim_backend.machine import Machine
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
 from tests.unit.kvm.tdx.vmm import X2APIC, TestTd, cpuid_entry
@@ -12,6 +15,7 @@ from uapi_ctypes.vcpu import Vcpu
 
 BUSY = 0x8000_0200 << 32
 RUNNABLE, UNINITIALIZED = 0, 1
+BUS_LOCK_EXIT, NOTIFY_VMEXIT = 193, 219
 
 
 def failing(vcpu: Vcpu, flags: int = 0) -> int | None:
@@ -73,6 +77,56 @@ def test_the_seamcalls_come_in_the_kernels_order(td: TestTd, seam: ScriptedSeam)
     ]
     init = seam.calls[6]
     assert (init.rcx, init.rdx) == (seam.calls[0].rcx, 0x1000)
+
+
+def written_fields(td: TestTd, seam: ScriptedSeam, vcpu_id: int = 0) -> dict[int, tuple[int, int]]:
+    """Initialise a vCPU; return what TDH.VP.WR wrote: value and mask by field. R8 of TDH.VP.INIT is at 0."""
+    fields: dict[int, tuple[int, int]] = {}
+
+    def spy(lp: int, regs: list[int]) -> None:
+        if regs[RAX] & 0xFFFF == H.TDH_VP_WR:
+            fields[regs[RDX]] = regs[R8], regs[R9]
+        elif regs[RAX] & 0xFFFF == H.TDH_VP_INIT:
+            fields[0] = regs[R8], regs[RAX] >> 16
+        seam.execute(lp, regs)
+
+    vcpu = td.create_vcpu(vcpu_id, init=False)
+    td.set_cpuid(vcpu)
+    seam.hook = spy
+    vcpu.tdx_init_vcpu()
+    seam.hook = None
+    return fields
+
+
+def test_the_x2apic_id_is_the_vcpu_id_and_interrupts_are_posted(td: TestTd, seam: ScriptedSeam) -> None:
+    td.enable_caps().init_vm()
+    fields = written_fields(td, seam, 9)
+    assert fields[0] == (9, 1), "version 1"
+    assert fields[vp_fields.POSTED_INTERRUPT_VECTOR] == (POSTED_INTERRUPT_VECTOR, 0xFFFF)
+    descriptor = td.ops.vm.vcpus[0].vendor.pi_descriptor
+    assert fields[vp_fields.POSTED_INTERRUPT_DESCRIPTOR] == (descriptor, (1 << 64) - 1)
+    assert fields[vp_fields.PIN_BASED_CONTROLS] == (1 << 7, 1 << 7)
+
+
+@pytest.mark.parametrize(("machine", "effective"), [("7.3", True), ("7.2", False)], indirect=["machine"])
+class TestControls:
+    """Notify window and bus-lock exits: effective for TDs since Linux 7.3."""
+
+    def test_a_notify_window(self, td: TestTd, seam: ScriptedSeam, effective: bool) -> None:
+        td.vm.enable_cap(NOTIFY_VMEXIT, 0x1234 << 32 | 1)
+        td.enable_caps().init_vm()
+        fields = written_fields(td, seam)
+        expected = {
+            vp_fields.INSTRUCTION_TIMEOUT: (0x1234, 0xFFFF_FFFF),
+            vp_fields.SECONDARY_CONTROLS: (1 << 31, 1 << 31),
+        }
+        assert (expected.items() <= fields.items()) == effective
+
+    def test_bus_lock_exits(self, td: TestTd, seam: ScriptedSeam, effective: bool) -> None:
+        td.vm.enable_cap(BUS_LOCK_EXIT, 2)
+        td.enable_caps().init_vm()
+        fields = written_fields(td, seam)
+        assert (fields.get(vp_fields.SECONDARY_CONTROLS) == (1 << 30, 1 << 30)) == effective
 
 
 @pytest.mark.parametrize("leaf", [H.TDH_VP_CREATE, H.TDH_VP_ADDCX, H.TDH_VP_INIT])

@@ -2,13 +2,15 @@
 
 import ctypes
 import errno
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from sim_backend.machine import Machine
+from sim_backend.kvm.tdx.sysinfo import TdxUnavailable
+from sim_backend.machine import Machine, boot
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
 from tests.unit.kvm.tdx.vmm import GPAW48, TestTd, cpuid_entry
 from uapi_ctypes.errors import KvmError
@@ -20,6 +22,7 @@ INIT_VM = 1
 BUSY = 0x8000_0200 << 32
 NO_ENTROPY = 0x8000_0203 << 32
 INVALID = 0xC000_0100 << 32
+BUILDING = (H.TDH_MNG_CREATE, H.TDH_MNG_KEY_CONFIG, H.TDH_MNG_ADDCX, H.TDH_MNG_INIT)
 
 
 @dataclass
@@ -139,6 +142,46 @@ def test_the_guest_physical_size_is_48_or_52_bits(td: TestTd, gpaw: int, expecte
     assert one.make() == expected
 
 
+def test_a_host_without_5_level_ept_has_no_52_bit_tds() -> None:
+    machine = boot("7.3", five_level_ept=False)
+    with TestTd(machine) as td:
+        one = attempt(td)
+        one.init.entries[0].eax = 52 << 16
+        assert one.make() == errno.EINVAL
+        assert attempt(td).make() == 0
+    machine.shutdown()
+
+
+def test_a_count_that_changes_between_the_two_reads_is_einval(td: TestTd) -> None:
+    one = attempt(td)
+    mm = td.ops.vm.mm
+    read = mm.read
+
+    def read_and_change(address: int, length: int) -> bytes:
+        data = read(address, length)
+        if address == one.cmd.data + 256:
+            one.init.count = 1
+        return data
+
+    mm.read = read_and_change  # type: ignore[method-assign]
+    try:
+        assert one.make() == errno.EINVAL
+    finally:
+        del mm.read
+    assert attempt(td).make() == 0
+
+
+def test_mainline_needs_a_module_with_topology_enumeration() -> None:
+    """The published 1.5.01 has none, so no real machine runs that kernel on it."""
+    with pytest.raises(TdxUnavailable, match="TOPOLOGY_ENUM"):
+        boot("7.3", tdx_module="1.5.01")
+
+
+def test_mainline_needs_a_host_that_supports_what_the_module_insists_on() -> None:
+    with pytest.raises(TdxUnavailable, match="XFAM"):
+        boot("7.3", xcomp_guest_supported=0)
+
+
 @pytest.mark.parametrize(("ebx", "ecx"), [(1 << 4, 0), (1 << 11, 0), (0, 1 << 5)])
 def test_tsx_and_waitpkg_are_refused(td: TestTd, ebx: int, ecx: int) -> None:
     one = attempt(td)
@@ -154,6 +197,23 @@ class TestEntriesWithoutSignificantIndex:
     def test_one_that_matches_every_sub_leaf_counts_once_for_each(self, td: TestTd) -> None:
         assert self.make(td, cpuid_entry(4)) == errno.EINVAL
 
+    def test_as_many_as_there_are_sub_leaves_pass_and_all_get_the_values_of_the_first(
+        self, td: TestTd, seam: ScriptedSeam
+    ) -> None:
+        seen = td_params_of(td, seam)
+        configs = td.ops.host.sysinfo.cpuid_configs
+        positions = [number for number, config in enumerate(configs) if config.leaf == 4]
+        assert len(positions) > 1
+        given = [cpuid_entry(4, index, eax=0x100 * (index + 1)) for index in range(len(positions))]
+        assert self.make(td, *given) == 0
+        for position in positions:
+            assert cpuid_value(seen[0], position) == (0x100, 0, 0, 0)
+
+    def test_one_more_or_one_less_than_there_are_sub_leaves_is_refused(self, td: TestTd) -> None:
+        leaves = sum(config.leaf == 4 for config in td.ops.host.sysinfo.cpuid_configs)
+        for number in (leaves - 1, leaves + 1):
+            assert self.make(td, *[cpuid_entry(4)] * number) == errno.EINVAL
+
     def test_a_duplicate_is_refused(self, td: TestTd) -> None:
         assert self.make(td, cpuid_entry(7, 0, 1), cpuid_entry(7, 0, 1)) == errno.EINVAL
 
@@ -168,19 +228,58 @@ def test_value_bits_that_are_not_configurable_are_for_the_module_to_refuse(td: T
     assert one.cmd.hw_error >> 32 == 0xC0000100
 
 
-def test_attributes_xfam_and_measured_owner_reach_the_module(td: TestTd, seam: ScriptedSeam) -> None:
+def td_params_of(td: TestTd, seam: ScriptedSeam) -> list[bytes]:
+    """Return a list that the TD_PARAMS of every TDH.MNG.INIT to come will be added to."""
     seen: list[bytes] = []
-    issue = seam.execute
 
     def spy(lp: int, regs: list[int]) -> None:
         if regs[0] == H.TDH_MNG_INIT:
             seen.append(td.machine.memory.read(regs[2], 1024))
-        issue(lp, regs)
+        seam.execute(lp, regs)
 
+    seam.hook = spy
+    return seen
+
+
+def cpuid_value(params: bytes, position: int) -> tuple[int, ...]:
+    """Return EAX, EBX, ECX and EDX of a leaf in TD_PARAMS, by its position among the configurable ones."""
+    return struct.unpack_from("<4I", params, 256 + 16 * position)
+
+
+def test_a_leaf_that_is_left_out_is_all_zero_and_the_address_width_is_taken_out(td: TestTd, seam: ScriptedSeam) -> None:
+    seen = td_params_of(td, seam)
+    entries = [cpuid_entry(0x8000_0008, eax=GPAW48), cpuid_entry(1, eax=0x806F8)]
+    td.vm.tdx_init_vm(td.init_vm_argument(entries=entries))
+    for position, config in enumerate(td.ops.host.sysinfo.cpuid_configs):
+        expected = (0x806F8, 0, 0, 0) if config.leaf == 1 else (0, 0, 0, 0)
+        assert cpuid_value(seen[0], position) == expected
+
+
+def test_52_bit_guests_get_5_levels_and_an_s_bit_at_51(td: TestTd, seam: ScriptedSeam) -> None:
+    seen = td_params_of(td, seam)
+    td.vm.tdx_init_vm(td.init_vm_argument(entries=[cpuid_entry(0x8000_0008, eax=52 << 16)]))
+    assert int.from_bytes(seen[0][24:32], "little") == 0x26
+    assert int.from_bytes(seen[0][32:40], "little") == 1 << 2 | 1 << 0, "NO_RBP_MOD, MAX_GPAW"
+    with pytest.raises(KvmError) as raised:
+        td.vm.set_user_memory_region2(0, 1 << 51, 4096, td.low.hva)
+    assert raised.value.errno == errno.EINVAL
+    td.vm.set_user_memory_region2(0, 1 << 47, 4096, td.low.hva)
+
+
+def test_bits_that_the_module_insists_on_are_added_silently(td: TestTd, seam: ScriptedSeam) -> None:
+    seen = td_params_of(td, seam)
+    info = td.ops.host.sysinfo
+    assert info.xfam_fixed1
+    td.vm.tdx_init_vm(td.init_vm_argument(xfam=0))
+    assert int.from_bytes(seen[0][8:16], "little") == info.xfam_fixed1
+    assert int.from_bytes(seen[0][0:8], "little") == info.attributes_fixed1
+
+
+def test_attributes_xfam_and_measured_owner_reach_the_module(td: TestTd, seam: ScriptedSeam) -> None:
+    seen = td_params_of(td, seam)
     td.vm.set_tsc_khz(1_500_000)
     init = td.init_vm_argument(attributes=1 << 28, xfam=7)
     init.mrowner[0] = 0xAB
-    seam.hook = spy
     td.vm.tdx_init_vm(init)
     params = seen[0]
     assert int.from_bytes(params[0:8], "little") == 1 << 28
@@ -218,7 +317,7 @@ class TestModuleFailures:
         seam.fail(H.TDH_MNG_CREATE, *[NO_ENTROPY] * 9)
         assert attempt(td).make() == 0
 
-    @pytest.mark.parametrize("leaf", [H.TDH_MNG_CREATE, H.TDH_MNG_KEY_CONFIG, H.TDH_MNG_ADDCX, H.TDH_MNG_INIT])
+    @pytest.mark.parametrize("leaf", BUILDING)
     def test_anything_else_is_eio_and_bugs_the_vm(
         self, td: TestTd, seam: ScriptedSeam, machine: Machine, leaf: H
     ) -> None:
@@ -228,6 +327,9 @@ class TestModuleFailures:
         assert one.make() == errno.EIO
         assert one.cmd.hw_error == 0
         assert machine.pages.in_use == pages
+        building = [call for call in seam.leaves() if call in BUILDING]
+        assert building[-1] == leaf, "it stopped there"
+        assert building.count(leaf) == 1
         assert attempt(td).make() == errno.EIO
         with pytest.raises(KvmError) as raised:
             td.vm.check_extension(66)
@@ -242,9 +344,10 @@ class TestModuleFailures:
         assert one.cmd.hw_error == INVALID | 64
         assert attempt(td).make() == 0
 
-    def test_a_tsc_offset_that_cannot_be_read_is_only_logged(self, td: TestTd, seam: ScriptedSeam) -> None:
+    def test_a_tsc_offset_that_cannot_be_read_is_only_logged_and_reads_0(self, td: TestTd, seam: ScriptedSeam) -> None:
         seam.fail(H.TDH_MNG_RD, BUSY, BUSY)
         assert attempt(td).make() == 0
+        assert (td.ops.td.tsc_offset, td.ops.td.tsc_multiplier) == (0, 0)
 
 
 class TestHostLimits:

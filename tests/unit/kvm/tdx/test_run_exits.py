@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from tests.unit.kvm.tdx.guest_code import EVENT_COUNT, S_BIT, SHARED_ALIAS, Program
+from sim_backend.machine import Machine
+from tests.unit.kvm.tdx.guest_code import EVENT_COUNT, IMAGE_GPA, S_BIT, SHARED_ALIAS, Program
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
 from tests.unit.kvm.tdx.vmm import PRIVATE, TestTd
 from uapi_ctypes.errors import KvmError
@@ -20,6 +21,8 @@ EXCEPTION_OR_NMI, EXTERNAL_INTERRUPT, TRIPLE_FAULT, SMI, EPT_VIOLATION, EPT_MISC
 )  # fmt: skip
 NON_RECOVERABLE_VCPU = 0x4000_0001 << 32
 NON_RECOVERABLE_TD = 0x6000_0002 << 32  # as module 1.5.01 has it
+NOTIFY_VMEXIT = 219
+EVENT_HANDLER = IMAGE_GPA + 0xA000
 UNTOUCHED = 0xEEEE
 EHWPOISON = 133
 
@@ -87,6 +90,7 @@ class TestModuleAnswers:
         assert td.vcpu.run() == KvmExit.KVM_EXIT_INTERNAL_ERROR
         internal = td.vcpu.kvm_run.internal
         assert (internal.suberror, internal.ndata) == (4, 2)
+        assert internal.data[1] == td.ops.vm.vcpus[0].lp
         return list(internal.data)[:2]
 
     def test_busy_enters_again_silently(self, seam: ScriptedSeam, td: TestTd) -> None:
@@ -117,6 +121,14 @@ class TestModuleAnswers:
         assert self.internal_error(td)[0] == status
         td.run_to_end()
 
+    @pytest.mark.parametrize("reason", [EXTERNAL_INTERRUPT, EPT_VIOLATION, 77])
+    @pytest.mark.parametrize("upper", [0x4000_0001, 0x6000_0005, 0x8000_0000, 0xC000_0100])
+    def test_an_error_is_an_internal_error_whatever_exit_reason_is_in_it(
+        self, seam: ScriptedSeam, td: TestTd, upper: int, reason: int
+    ) -> None:
+        seam.td_exit(upper << 32 | reason, r8=0x3000)
+        assert self.internal_error(td)[0] == upper << 32 | reason
+
     def test_an_unknown_reason_is_an_internal_error(self, seam: ScriptedSeam, td: TestTd) -> None:
         seam.td_exit(55)
         assert self.internal_error(td)[0] == 55
@@ -145,6 +157,11 @@ class TestModuleAnswers:
         seam.td_exit(EPT_MISCONFIG)
         assert failing(td.vcpu) == errno.EIO
         assert failing(td.vcpu) == errno.EIO
+
+    def test_a_misconfiguration_is_known_by_the_whole_status_only(self, seam: ScriptedSeam, td: TestTd) -> None:
+        seam.td_exit(EPT_MISCONFIG | 1 << 16)
+        assert self.internal_error(td)[0] == EPT_MISCONFIG | 1 << 16
+        td.run_to_end()
 
     def test_an_instruction_fetch_from_shared_memory_bugs_the_vm(self, seam: ScriptedSeam, td: TestTd) -> None:
         seam.td_exit(EPT_VIOLATION, rcx=4, r8=S_BIT)
@@ -178,6 +195,16 @@ class TestModuleAnswers:
             assert td.vcpu.kvm_run.notify.flags == 1
         else:
             self.internal_error(td)
+
+    @pytest.mark.parametrize("machine", ["7.3"], indirect=True)
+    def test_a_valid_notification_is_user_spaces_when_it_wants_it(self, seam: ScriptedSeam, machine: Machine) -> None:
+        with TestTd(machine) as td:
+            td.vm.enable_cap(NOTIFY_VMEXIT, 0x1000 << 32 | 1 | 2)
+            td.build(Program().done())
+            seam.td_exit(NOTIFY, rcx=0)
+            assert td.vcpu.run() == KvmExit.KVM_EXIT_NOTIFY
+            assert td.vcpu.kvm_run.notify.flags == 0
+            td.run_to_end()
 
     def test_a_valid_notification_without_the_user_flag_is_silent(self, seam: ScriptedSeam, td: TestTd) -> None:
         seam.td_exit(NOTIFY, rcx=0)
@@ -236,6 +263,32 @@ class TestRealGuests:
         assert failing(td.vcpu) == errno.EFAULT
         fault = td.vcpu.kvm_run.memory_fault
         assert (td.vcpu.exit_reason, fault.flags, fault.gpa) == (KvmExit.KVM_EXIT_MEMORY_FAULT, 8, 0x1F_F000)
+
+    @pytest.mark.parametrize("attributes", [0, PRIVATE])
+    def test_shared_memory_without_a_slot_is_mmio_unless_it_is_meant_to_be_private(
+        self, td: TestTd, attributes: int
+    ) -> None:
+        """An MMIO access is a #VE in the guest, and no exit; whoever handles it may ask for one."""
+        handler = Program().out(0x55, 1).spin()
+        td.enable_caps().init_vm().add_memory()
+        td.create_vcpu()
+        write = td.image_source.write
+
+        def with_handler(data: bytes, offset: int = 0) -> None:
+            at = EVENT_HANDLER - IMAGE_GPA
+            write(data[:at] + handler.code + data[at + len(handler.code) :], offset)
+
+        td.image_source.write = with_handler  # type: ignore[method-assign]
+        td.add_image(Program().load(3, SHARED_ALIAS + 0x5678).done()).finalize()
+        td.vm.set_user_memory_region2(1, 0, 0, td.low.hva)
+        td.vm.set_memory_attributes(0x5000, 0x1000, attributes)
+        if attributes:
+            assert failing(td.vcpu) == errno.EFAULT
+            fault = td.vcpu.kvm_run.memory_fault
+            assert (td.vcpu.exit_reason, fault.flags, fault.gpa) == (KvmExit.KVM_EXIT_MEMORY_FAULT, 0, 0x5000)
+        else:
+            assert td.vcpu.run() == KvmExit.KVM_EXIT_IO
+            assert td.vcpu.kvm_run.io.port == 0x55
 
     def test_private_memory_whose_file_is_closed_is_a_memory_fault(self, td: TestTd) -> None:
         td.build(Program().load(3, 0x3000).done())

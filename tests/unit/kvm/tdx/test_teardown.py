@@ -16,6 +16,7 @@ from uapi_ctypes.tdx_leaves import SeamcallLeaf as H
 BUSY = 0x8000_0200 << 32
 FLUSHVP_NOT_DONE = 0x8000_0824 << 32
 INTERRUPTED = 0x8000_0003 << 32
+KVM_DEV_TYPE_VFIO = 4
 
 
 def collapse(leaves: list[H]) -> list[H]:
@@ -82,6 +83,61 @@ def test_each_of_these_alone_keeps_the_td(td: TestTd, machine: Machine, kept: st
     else:
         vcpu.close()
     assert machine.free_hkids == free + 1
+
+
+def test_a_device_keeps_the_td(td: TestTd, machine: Machine) -> None:
+    td.build(Program().done())
+    free = machine.free_hkids
+    device = td.vm.create_device(KVM_DEV_TYPE_VFIO)
+    for each in (td.vcpu, td.gmem0, td.gmem1):
+        each.close()
+    td.vm.close_fd()
+    assert machine.free_hkids == free
+    device.close()
+    assert machine.free_hkids == free + 1
+
+
+def test_neither_slots_nor_irqfds_keep_anything(td: TestTd, machine: Machine) -> None:
+    td.build(Program().done())
+    free = machine.free_hkids
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    td.vm.irqfd(event, 5)
+    td.gmem0.close()
+    td.gmem1.close()
+    td.close()
+    assert machine.free_hkids == free + 1
+    os.eventfd_write(event, 1)
+    os.close(event)
+
+
+def test_a_vcpu_that_was_never_initialised_is_not_flushed(seam: ScriptedSeam, td: TestTd) -> None:
+    td.enable_caps().init_vm()
+    td.create_vcpu(0)
+    td.create_vcpu(1, init=False)
+    seam.calls.clear()
+    td.close()
+    assert seam.leaves().count(H.TDH_VP_FLUSH) == 1
+
+
+def test_a_vcpu_that_the_module_holds_for_flushed_is_fine(seam: ScriptedSeam, td: TestTd) -> None:
+    td.build(Program().out(0x40, 1).done())
+    td.run()
+    vcpu = td.ops.vm.vcpus[0]
+    td.ops.host.seamcalls.vp_flush(vcpu.lp, vcpu.vendor.tdvpr)
+    td.ops.vcpu_load(vcpu, (vcpu.lp + 1) % td.machine.profile.n_cpus)
+    assert seam.leaves()[-2:] == [H.TDH_VP_FLUSH, H.TDH_VP_FLUSH]
+    assert not td.ops.vm.dead
+    td.run_to_end()
+
+
+def test_a_vcpu_that_cannot_be_flushed_bugs_the_vm(seam: ScriptedSeam, td: TestTd) -> None:
+    td.build(Program().out(0x40, 1).done())
+    td.run()
+    vcpu = td.ops.vm.vcpus[0]
+    seam.fail(H.TDH_VP_FLUSH, 0xC000_0100 << 32)
+    td.ops.vcpu_load(vcpu, (vcpu.lp + 1) % td.machine.profile.n_cpus)
+    assert td.ops.vm.bugged
+    td.ops.host.seamcalls.vp_flush(vcpu.lp, vcpu.vendor.tdvpr)  # or its key id would be lost for all other tests
 
 
 def test_a_duplicated_fd_keeps_nothing_that_it_does_not_name(td: TestTd, machine: Machine) -> None:

@@ -43,6 +43,15 @@ def command(number: int, data: "int | ctypes.Structure" = 0, flags: int = 0) -> 
     return cmd
 
 
+def end_of_memory(td: TestTd, init: ctypes.Structure) -> int:
+    """Return the address of a copy of the structure's header, behind which nothing can be read."""
+    memory = UserMemory(4 * PAGE)
+    memory.write(ctypes.string_at(ctypes.addressof(init), 2 * PAGE))
+    memory.protect(2 * PAGE, 2 * PAGE)
+    init.keeps_alive = memory
+    return memory.hva
+
+
 class TestPrologue:
     def test_every_known_command_is_written_back_even_when_it_failed(self, td: TestTd) -> None:
         for number in (CAPABILITIES, INIT_VM, INIT_MEM_REGION, FINALIZE_VM):
@@ -127,6 +136,32 @@ class TestInitVm:
         assert issue(td.vm, command(INIT_VM, 0x10)) == -errno.EFAULT
         td.init_vm()
         assert issue(td.vm, command(INIT_VM, 0x10)) == -errno.EINVAL
+
+    @pytest.mark.parametrize("first", range(5))
+    def test_a_structure_that_breaks_several_rules_reports_the_first(self, td: TestTd, first: int) -> None:
+        init = td.init_vm_argument()
+        cmd = command(INIT_VM, init)
+        expected = errno.E2BIG, errno.EFAULT, errno.EINVAL, errno.EINVAL, errno.EBUSY
+        td.enable_caps()
+        td.create_vcpu(init=False)
+        if first <= 3:
+            init.cpuid.padding = 1
+        if first <= 2:
+            init.reserved[1003] = 1
+        if first <= 1:
+            cmd.data = end_of_memory(td, init)
+        if first == 0:
+            ctypes.c_uint32.from_address(cmd.data + 8184).value = 257
+        assert issue(td.vm, cmd) == -expected[first]
+
+    def test_reserved_words_and_padding_are_einval_and_a_retry_is_legal(self, td: TestTd) -> None:
+        init = td.init_vm_argument()
+        init.reserved[0] = 1
+        assert issue(td.vm, command(INIT_VM, init)) == -errno.EINVAL
+        init.reserved[0], init.cpuid.padding = 0, 1
+        assert issue(td.vm, command(INIT_VM, init)) == -errno.EINVAL
+        init.cpuid.padding = 0
+        assert issue(td.vm, command(INIT_VM, init)) == 0
 
     def test_a_vcpu_makes_it_ebusy(self, td: TestTd) -> None:
         td.enable_caps()
@@ -218,11 +253,11 @@ class TestInitVcpu:
         td.enable_caps().init_vm()
         vcpu = td.create_vcpu(init=False)
         assert issue(vcpu, 0x10) == -errno.EFAULT
+        assert issue(vcpu, command(INIT_VCPU)) == -errno.EINVAL, "no X2APIC yet"
+        td.set_cpuid(vcpu)
         for number in (CAPABILITIES, INIT_MEM_REGION, RELEASE_VM):
             assert issue(vcpu, command(number)) == -errno.EINVAL
         assert issue(vcpu, command(INIT_VCPU, flags=1)) == -errno.EINVAL
-        assert issue(vcpu, command(INIT_VCPU)) == -errno.EINVAL, "no X2APIC yet"
-        td.set_cpuid(vcpu)
         assert issue(vcpu, command(INIT_VCPU)) == 0
         assert issue(vcpu, command(INIT_VCPU)) == -errno.EINVAL
 
@@ -247,10 +282,31 @@ class TestInitMemRegion:
         assert -issue(td.vm, command(INIT_MEM_REGION, 0x10)) == errno.EFAULT
         assert self.add(td, Region(source.hva, 0, 1)) == 0
 
-    def test_a_region_that_ends_at_the_s_bit_is_refused(self, td: TestTd, source: UserMemory) -> None:
+    @pytest.mark.parametrize(
+        ("offset", "gpa", "pages"),
+        [
+            (1, 0, 1),
+            (0, 1, 1),
+            (0, 0, 0),
+            (0, 0, 1 << 51),
+            (0, (1 << 64) - PAGE, 2),
+            (0, S_BIT, 1),
+            (0, S_BIT - PAGE, 1),
+        ],
+    )
+    def test_malformed_regions_are_einval_and_not_written_back(
+        self, td: TestTd, source: UserMemory, offset: int, gpa: int, pages: int
+    ) -> None:
+        """The last one ends exactly where the S-bit begins."""
         td.create_vcpu()
-        assert self.add(td, Region(source.hva, S_BIT - PAGE, 1)) == errno.EINVAL
-        assert self.add(td, Region(source.hva, 0, 1 << 51)) == errno.EINVAL
+        region = td.read_only_copy(Region(source.hva + offset, gpa, pages))
+        assert issue(td.vm, command(INIT_MEM_REGION, region)) == -errno.EINVAL
+
+    def test_after_finalize_it_is_einval_before_anything_is_read(self, td: TestTd) -> None:
+        td.create_vcpu()
+        assert issue(td.vm, command(INIT_MEM_REGION, 0x10)) == -errno.EFAULT
+        td.finalize()
+        assert issue(td.vm, command(INIT_MEM_REGION, 0x10)) == -errno.EINVAL
 
     def test_a_page_that_is_there_counts_as_done_and_is_not_measured_again(
         self, seam: ScriptedSeam, td: TestTd, source: UserMemory

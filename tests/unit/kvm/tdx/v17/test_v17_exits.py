@@ -114,6 +114,14 @@ class TestNoPreRunChecks:
                 td.vcpu.run()
             assert raised.value.errno == errno.EIO
 
+    def test_a_td_that_was_never_initialised_bugs_the_vm(self, td: TestTd) -> None:
+        td.enable_caps()
+        td.create_vcpu(init=False)
+        for _ in range(2):
+            with pytest.raises(KvmError) as raised:
+                td.vcpu.run()
+            assert raised.value.errno == errno.EIO
+
     def test_an_unfinished_td_is_an_internal_error(self, td: TestTd) -> None:
         td.enable_caps().init_vm()
         td.create_vcpu()

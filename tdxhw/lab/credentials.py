@@ -1,0 +1,27 @@
+"""A BMC's user and password: from an environment variable, and from there to nowhere that anybody could read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from tdxhw.errors import HarnessError
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """A user and a password; neither is shown when the value is printed."""
+
+    user: str = field(repr=False)
+    password: str = field(repr=False)
+    variable: str  # where they came from, which is what errors name
+
+    @classmethod
+    def read(cls, variable: str, environ: Mapping[str, str], error: type[HarnessError], whose: str) -> Self:
+        """Return what `variable` holds as USER:PASSWORD, or raise `error` that says what to set."""
+        value = environ.get(variable)
+        if value is None:
+            raise error(f"{whose}: the environment variable {variable} is not set: it has to hold USER:PASSWORD")
+        user, colon, password = value.partition(":")
+        if not colon or not user or "\0" in value:
+            raise error(f"{whose}: the environment variable {variable} has to hold USER:PASSWORD")
+        return cls(user, password, variable)

@@ -1,0 +1,147 @@
+"""Power control over Redfish, through sushy. The BMC's certificate is always checked."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final
+
+from tdxhw.lab.credentials import Credentials
+from tdxhw.lab.errors import PowerBusy, PowerFailed
+from tdxhw.lab.power.switch import Button, State
+
+try:
+    import requests
+    import sushy
+    from sushy import auth, connector, exceptions
+except ImportError as missing:
+    raise PowerFailed("Redfish is spoken with sushy: pip install 'tdxhw[validate]'") from missing
+
+_CONNECT_S: Final = 10.0
+_ANSWER_S: Final = 30.0
+_BUSY: Final = frozenset({409, 423, 429, 500, 502, 503, 504})
+_STATES: Final = {
+    sushy.PowerState.ON: State.ON,
+    sushy.PowerState.OFF: State.OFF,
+    sushy.PowerState.POWERING_ON: State.CHANGING,
+    sushy.PowerState.POWERING_OFF: State.CHANGING,
+}
+# By preference; the first that the system offers.
+_RESET_TYPES: Final = {
+    Button.ON: (sushy.ResetType.ON, sushy.ResetType.FORCE_ON),
+    Button.OFF: (sushy.ResetType.FORCE_OFF,),
+    Button.RESET: (sushy.ResetType.FORCE_RESTART, sushy.ResetType.POWER_CYCLE),
+}
+
+# What matters of its warnings is in our errors.
+logging.getLogger("sushy").setLevel(logging.CRITICAL)
+
+
+class RedfishSwitch:
+    """One system behind one Redfish service."""
+
+    has_reset = True
+
+    def __init__(self, options: Mapping[str, str | int | tuple[str, ...]], credentials: Credentials) -> None:
+        self._url = str(options["url"])
+        self.name = f"redfish {self._url}"
+        self._system = str(options.get("system", ""))
+        self._verify: bool | str = str(options["ca"]) if "ca" in options else True
+        self._credentials = credentials
+
+    @contextmanager
+    def connect(self) -> Iterator["_Buttons"]:
+        """Open a session (basic authentication where the BMC has none), find the system, close the session."""
+        login = auth.SessionOrBasicAuth(self._credentials.user, self._credentials.password)
+        # One try each: whether and when to try again is decided one level up.
+        wire = connector.Connector(
+            self._url, verify=self._verify, server_side_retries=1, default_request_timeout=_ANSWER_S,
+            connect_timeout=_CONNECT_S,
+        )  # fmt: skip
+        try:
+            with self._in_our_words():
+                service = sushy.Sushy(self._url, auth=login, connector=wire)
+                system = self._find(service.get_system_collection())
+            yield _Buttons(system, self)
+        finally:
+            with suppress(exceptions.SushyError, OSError):
+                login.close()
+            wire.close()
+
+    def _find(self, systems: Any) -> Any:
+        paths: list[str] = list(systems.members_identities)
+        by_name = {path.rstrip("/").rpartition("/")[2]: path for path in paths} | {path: path for path in paths}
+        if self._system:
+            if self._system not in by_name:
+                there = ", ".join(path.rstrip("/").rpartition("/")[2] for path in paths) or "none"
+                raise PowerFailed(f"there is no system {self._system!r}; there are: {there}")
+            return systems.get_member(by_name[self._system])
+        if len(paths) != 1:
+            there = ", ".join(path.rstrip("/").rpartition("/")[2] for path in paths) or "none"
+            raise PowerFailed(f"has {len(paths)} systems: say which with system: …; there are: {there}")
+        return systems.get_member(paths[0])
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        """Tell what another try may cure from what it will not. No password is in any of sushy's messages."""
+        try:
+            yield
+        except exceptions.ConnectionError as error:
+            cause = error.__context__
+            if isinstance(cause, requests.exceptions.SSLError):
+                raise PowerFailed(self._certificate(str(cause))) from error
+            if isinstance(cause, OSError) and "certificate bundle" in str(cause):
+                raise PowerFailed(f"cannot read ca: {self._verify}") from error
+            raise PowerBusy("no answer: is the BMC up and the url right?") from error
+        except exceptions.AccessError as error:
+            variable = self._credentials.variable
+            raise PowerFailed(f"the BMC does not accept the credentials in {variable} (HTTP {_code(error)})") from error
+        except exceptions.HTTPError as error:
+            kind = PowerBusy if _code(error) in _BUSY else PowerFailed
+            raise kind(f"HTTP {_code(error)}: {_line(error)}") from error
+        except exceptions.SushyError as error:
+            raise PowerFailed(_line(error)) from error
+        except requests.exceptions.RequestException as error:
+            raise PowerBusy(f"the answer broke off: {_line(error)}") from error
+        except OSError as error:  # what requests says of a bundle that is not there
+            raise PowerFailed(_line(error)) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PowerFailed(f"does not answer as Redfish does: {_line(error)}") from error
+
+    def _certificate(self, said: str) -> str:
+        why = said.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or "TLS failed"
+        return f"its certificate is not trusted ({why}): name the CA that signed it with ca: FILE"
+
+
+class _Buttons:
+    def __init__(self, system: Any, switch: RedfishSwitch) -> None:
+        self._system = system
+        self._switch = switch
+
+    def state(self) -> State:
+        """Ask for the state."""
+        with self._switch._in_our_words():  # noqa: SLF001 (one class in two parts)
+            self._system.refresh(force=True)
+            power_state = self._system.power_state
+        if power_state is None:
+            raise PowerFailed("the system tells no PowerState")
+        return _STATES.get(power_state, State.ON)  # Paused: it has power
+
+    def press(self, button: Button) -> None:
+        """Ask for the first fitting reset that the system offers."""
+        with self._switch._in_our_words():  # noqa: SLF001
+            offered = self._system.get_allowed_reset_system_values()
+            for reset_type in _RESET_TYPES[button]:
+                if reset_type in offered:
+                    self._system.reset_system(reset_type)
+                    return
+        there = ", ".join(sorted(one.value for one in offered))
+        raise PowerFailed(f"the system offers no way to {button.value}: {there}")
+
+
+def _code(error: exceptions.HTTPError) -> int:
+    return int(error.status_code)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

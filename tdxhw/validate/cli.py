@@ -1,0 +1,191 @@
+"""The subcommand ``tdxhw validate``."""
+
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from tdxhw.errors import HarnessError
+from tdxhw.lab.options import labs_option, ssh_config_option
+from tdxhw.validate.errors import CannotValidate
+
+if TYPE_CHECKING:
+    from tdxhw.validate.outcome import Outcome
+    from tdxhw.validate.validation import Plan
+
+INCONCLUSIVE: Final = CannotValidate.exit_code
+"""Also for what could not be done at all: `git bisect run` then skips the revision instead of blaming it."""
+
+
+class _UsageError(click.UsageError):
+    """A mistake on the command line, with the exit code of this command."""
+
+    exit_code = INCONCLUSIVE
+
+
+class _Command(click.Command):
+    """A command whose mistakes on the command line are inconclusive, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command line."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise _UsageError(error.format_message(), error.ctx) from error
+
+
+@click.command(cls=_Command, short_help="Try a kernel build on a lab host, and say whether it is good.")
+@click.argument("suites", nargs=-1, metavar="[SUITE]...")
+@click.option("--lab", "name", required=True, metavar="NAME", help="The lab host.")
+@click.option(
+    "--kernel", "kernel", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="A .deb (repeat for a split kernel), or one bzImage.",
+)  # fmt: skip
+@click.option("--modules", default="", metavar="TAR|none", help="The modules of a bzImage, as a tar archive.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), metavar="RESULTS", help="What `tdxhw run --report-log` wrote.",
+)  # fmt: skip
+@click.option(
+    "--parameters", multiple=True, metavar="M.P=V,V", help="One boot for each value: kvm_intel.tdx=Y,N. Repeatable.",
+)  # fmt: skip
+@click.option("--command-line", default="", metavar="TEXT", help="More for the kernel's command line.")
+@click.option("--retries", type=click.IntRange(0, 20), default=2, show_default=True, metavar="N",
+              help="Run what fails again before it is called a regression.")  # fmt: skip
+@click.option("--boot-limit", type=click.FloatRange(10, 7200), default=300.0, show_default=True, metavar="S",
+              help="How long a boot may take, firmware included [s].")  # fmt: skip
+@click.option("-k", "keyword", default="", metavar="EXPR", help="Only tests whose names match, as in pytest.")
+@click.option("--promise", "promises", multiple=True, metavar="CAPABILITY", help="Fail without it, do not skip.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+              metavar="S", help="For each test [s].")  # fmt: skip
+@click.option("--history", metavar="FILE|URL", help="Where results are kept [$TDXHW_HISTORY, else the user's own].")
+@click.option("--no-history", is_flag=True, help="Keep them nowhere.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="For results, console log and progress [validate-HOST-TIME].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and nothing else.")
+@click.option("--recover", is_flag=True, help="Only roll back what a validation left on the host.")
+@labs_option
+@ssh_config_option
+def validate(
+    suites: tuple[str, ...],
+    name: str,
+    kernel: tuple[Path, ...],
+    modules: str,
+    baseline: Path | None,
+    parameters: tuple[str, ...],
+    command_line: str,
+    retries: int,
+    boot_limit: float,
+    keyword: str,
+    promises: tuple[str, ...],
+    time_limit: float,
+    history: str | None,
+    no_history: bool,
+    out: Path | None,
+    as_json: bool,
+    recover: bool,
+    labs: Path,
+    ssh_config: Path | None,
+) -> int:
+    """Install a kernel, boot it once, prove that it runs, run suites, compare, roll back, and say one line.
+
+    Exit code: 0 GOOD, 1 REGRESSED, 125 INCONCLUSIVE (also if it could not be done), 130 interrupted.
+    """
+    with _inconclusive():
+        from tdxhw.lab.archive import build
+        from tdxhw.lab.host_run import Wish
+        from tdxhw.lab.inventory import load
+        from tdxhw.report.read import read
+        from tdxhw.validate import matrix
+        from tdxhw.validate.candidate import read_candidate
+        from tdxhw.validate.recovery import recover as roll_back
+        from tdxhw.validate.surroundings import LabSurroundings
+        from tdxhw.validate.validation import Plan, Validation
+
+        def say(text: str) -> None:
+            click.echo(f"{datetime.now().astimezone():%H:%M:%S} {text}", err=as_json)
+
+        host = load(labs).host(name)
+        if recover:
+            problems = roll_back(name, LabSurroundings(host, labs, ssh_config, boot_limit), boot_limit, say)
+            for problem in problems:
+                click.echo(f"tdxhw: {problem}", err=True)
+            return INCONCLUSIVE if problems else 0
+        if not kernel or baseline is None:
+            raise HarnessError("--kernel and --baseline say what to validate, and against what")
+        words, more = matrix.parse(parameters), _printable(command_line)
+        candidate = read_candidate(kernel, modules)
+        base = read(baseline)
+        out = out or Path(f"validate-{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+        _make(out)
+        token = secrets.token_hex(6)
+        plan = Plan(name, candidate, base, words, out, token, boot_limit, retries, command_line=more)
+        wish = Wish(suites, promises, keyword, time_limit)
+        around = LabSurroundings(
+            host, labs, ssh_config, boot_limit, out, build(), wish, retries, token, say
+        )  # fmt: skip
+        outcome = Validation(plan, around, say).run()
+        if not no_history:
+            _remember(plan, outcome, history)
+        (out / "outcome.json").write_text(json.dumps(outcome.as_json(), indent=1), encoding="utf-8")
+        if as_json:
+            click.echo(json.dumps(outcome.as_json(), indent=1))
+        else:
+            _show(outcome)
+    return outcome.exit_code
+
+
+@contextmanager
+def _inconclusive() -> Iterator[None]:
+    """Turn whatever could not be done into one line and `INCONCLUSIVE`."""
+    try:
+        yield
+    except HarnessError as error:
+        raise CannotValidate(str(error)) from error
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HarnessError(f"{out}: {error.strerror}") from error
+    if any(out.iterdir()):
+        raise HarnessError(f"{out}: is not empty: --out names a new folder, so that nothing is overwritten")
+
+
+def _printable(command_line: str) -> str:
+    """Refuse what means something to GRUB's shell: it ends in its configuration."""
+    if any(not (char.isalnum() or char in " _.,:=+/@%-") for char in command_line):
+        raise HarnessError("--command-line: letters, digits, spaces and _.,:=+/@%- only")
+    return command_line
+
+
+def _remember(plan: "Plan", outcome: "Outcome", where: str | None) -> None:
+    """Keep the results. A history that cannot be written costs no verdict."""
+    if not outcome.results.results:
+        return
+    try:
+        from tdxhw.history.cli import open_history
+        from tdxhw.history.store import RunRecord
+
+        with open_history(where, create=True) as history:
+            record = RunRecord("validate", verdict=outcome.verdict.name, line=outcome.line)
+            history.add(record, outcome.results)
+    except (HarnessError, ImportError) as error:
+        click.echo(f"tdxhw: {plan.out}: not in the history: {error}", err=True)
+
+
+def _show(outcome: "Outcome") -> None:
+    click.echo()
+    for tried, judgement in outcome.judgements:
+        if tried.parameters:
+            click.echo(" ".join(f"{key}={value}" for key, value in tried.parameters.items()) + ":")
+        for reason in judgement.reasons:
+            click.echo(f"  {reason}")
+    for difference in outcome.differences:
+        click.echo(f"  {outcome.host}: {difference}")
+    click.echo(outcome.line)

@@ -1,0 +1,282 @@
+"""`tdxhw validate` from one end to the other on a simulated host, with everything that can go wrong."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdxhw.report.results import Status
+from tdxhw.validate.machine import FOLDER
+from tdxhw.validate.outcome import Outcome
+from tdxhw.validate.recovery import recover
+from tdxhw.validate.states import State
+from tdxhw.validate.validation import Validation
+from tdxhw.validate.verdict import Verdict
+from tests.unit.validate.simulated_debian import MEMORY, OWN
+from tests.unit.validate.simulated_lab import NEW, Fault, Kernel, SimulatedLab, plan_for
+
+MOST_OPERATIONS = 45
+"""More than a validation has: see the test that counts them."""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        yield Path(name)
+
+
+def validate(lab: SimulatedLab, folder: Path, **changes: object) -> tuple[Outcome, list[str]]:
+    said: list[str] = []
+    return Validation(plan_for(folder, **changes), lab, said.append).run(), said
+
+
+def assert_as_it_was(lab: SimulatedLab, before: dict[str, str], said: object = "") -> None:
+    after = lab.debian.snapshot()
+    after.pop("boot/grub/grub.cfg.new", None)  # GRUB's own, of a run that was cut off; the next one replaces it
+    assert after == before, said
+    assert lab.debian.environment() == {}
+    assert lab.debian.packages().keys() == {"linux-image-own"}
+    assert not lab.debian.file(FOLDER[1:]).exists(), "the journal is gone"
+    assert (lab.release, lab.is_up) == (OWN, True)
+    assert not lab.is_held
+
+
+def test_a_good_kernel_is_good_and_leaves_nothing_behind(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    before = lab.debian.snapshot()
+    outcome, said = validate(lab, folder)
+    assert outcome.line == f"GOOD linux {NEW} on vm: 1 passed, 0 regressions, 0 flaky"
+    assert (outcome.exit_code, outcome.state, outcome.differences) == (0, State.RESTORED, [])
+    assert lab.boots == 2, "there and back"
+    assert any("build id cafecafecafe" in line for line in said)
+    assert_as_it_was(lab, before)
+    assert lab.operations < MOST_OPERATIONS
+
+
+def test_the_candidate_is_never_the_default_not_even_while_it_is_installed(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    booted: list[str] = []
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        lab.boot()  # whatever reboots the host now finds its own kernel
+        booted.append(lab.release)
+        lab.boot()
+        booted.append(lab.release)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    validate(lab, folder)
+    assert booted == [OWN, OWN]
+
+
+def test_a_regression_is_told_by_name(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.tests = {"a": [Status.FAIL]}
+    before = lab.debian.snapshot()
+    outcome, _ = validate(lab, folder)
+    assert outcome.exit_code == 1
+    assert outcome.line == f"REGRESSED linux {NEW} on vm: 1 test fails that passed: suite::a"
+    assert_as_it_was(lab, before)
+
+
+def test_a_flake_is_told_and_is_no_regression(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.tests = {"a": [Status.FAIL, Status.PASS]}
+    outcome, _ = validate(lab, folder)
+    assert outcome.line == f"GOOD linux {NEW} on vm: 1 passed, 0 regressions, 1 flaky (suite::a)"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told", "presses"),
+    [
+        (Kernel.PANICS, "dies without a word (the host came back by itself)", []),
+        (Kernel.HANGS, "dies without a word (the host came back after power control (reset))", ["reset", "reset"]),
+        (Kernel.NO_NETWORK, "boots, but cannot be reached: it has no network interface", []),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_does_not_boot_is_a_regression_and_the_host_is_back(
+    folder: Path, kernel: Kernel, told: str, presses: list[str]
+) -> None:
+    lab = SimulatedLab(folder / "host", kernel=kernel)
+    before = lab.debian.snapshot()
+    outcome, said = validate(lab, folder)
+    assert outcome.verdict is Verdict.REGRESSED
+    assert told in outcome.line, said
+    assert lab.presses == presses
+    assert_as_it_was(lab, before)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [
+        (Kernel.PANICS, f"{NEW} panics at boot: Kernel panic - not syncing: Attempted to kill init!"),
+        (Kernel.BROKEN, f"GRUB cannot load {NEW}: invalid magic number."),
+    ],
+)
+def test_what_its_console_says_proves_the_failure_at_once(folder: Path, kernel: Kernel, told: str) -> None:
+    lab = SimulatedLab(folder / "host", kernel=kernel)
+    lab.has_console = True
+    before = lab.debian.snapshot()
+    outcome, said = validate(lab, folder)
+    assert outcome.line == f"REGRESSED linux {NEW} on vm: the kernel does not boot: {told}", said
+    assert sum("boots 7.2.13-new once" in line for line in said) == 1, "it is not tried again"
+    assert_as_it_was(lab, before)
+
+
+def test_a_kernel_that_hangs_where_there_is_no_power_control_is_no_verdict_and_asks_for_a_person(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host", kernel=Kernel.HANGS, has_power=False)
+    before = lab.debian.snapshot()
+    outcome, _ = validate(lab, folder)
+    assert (outcome.verdict, outcome.state) == (Verdict.INCONCLUSIVE, State.STRANDED)
+    assert "reset it by hand" in outcome.problems[0]
+    assert "--recover" in outcome.problems[0]
+
+    lab.reset()  # by hand
+    lab.is_held = False  # it has run out
+    lab.clock.sleep(100)
+    assert recover("vm", lab, 100, print) == []
+    assert_as_it_was(lab, before)
+
+
+def test_power_control_that_does_not_work_is_found_out_before_anything_is_touched(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    before = lab.debian.snapshot()
+    lab.switch_is_broken = True
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert "its BMC does not answer" in outcome.line
+    assert lab.boots == 0
+    assert_as_it_was(lab, before)
+
+
+def test_another_build_of_the_same_release_is_no_verdict_about_this_one(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host", kernel=Kernel.OTHER_BUILD)
+    before = lab.debian.snapshot()
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert "no verdict about another kernel" in outcome.line
+    assert_as_it_was(lab, before)
+
+
+def test_each_of_several_parameters_has_its_own_boot(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    before = lab.debian.snapshot()
+    matrix = [{"kvm_intel.tdx": "Y"}, {"kvm_intel.tdx": "N"}]
+    outcome, said = validate(lab, folder, matrix=matrix)
+    assert outcome.verdict is Verdict.GOOD, outcome.problems
+    assert [one.parameters for one in outcome.tried] == matrix
+    assert [line for line in said if "with kvm_intel.tdx=N" in line]
+    assert lab.boots == 3
+    assert_as_it_was(lab, before)
+
+
+def test_results_of_another_kernel_do_not_count(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        lab.release = OWN
+        problems = original(*arguments)  # type: ignore[arg-type]
+        lab.release = NEW
+        return problems
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert f"1 results are of {OWN}, not of {NEW}" in outcome.line
+
+
+def test_a_program_that_fails_is_told_and_everything_before_it_is_undone(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    before = lab.debian.snapshot()
+    lab.debian.broken = {"update-initramfs"}
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert "update-initramfs" in outcome.line
+    assert_as_it_was(lab, before)
+
+
+def test_what_cannot_be_undone_is_told_and_no_good_verdict_is_given(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        lab.debian.broken = {"dpkg"}
+        return original(*arguments)  # type: ignore[arg-type]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder)
+    assert (outcome.verdict, outcome.state) == (Verdict.INCONCLUSIVE, State.DAMAGED)
+    assert any(problem.startswith("rolling back: packages") for problem in outcome.problems)
+    assert any("not restored: packages" in problem for problem in outcome.problems)
+
+    lab.debian.broken = set()
+    assert recover("vm", lab, 100, print) == []
+    assert lab.debian.packages().keys() == {"linux-image-own"}
+
+
+@given(
+    fault=st.sampled_from(Fault),
+    at=st.integers(0, MOST_OPERATIONS),
+    inside=st.integers(0, 12),
+    kernel=st.sampled_from(Kernel),
+)
+@settings(max_examples=250, deadline=None)
+def test_whatever_happens_and_whenever_the_host_ends_as_it_was_and_the_verdict_is_true(
+    fault: Fault, at: int, inside: int, kernel: Kernel
+) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        folder = Path(name)
+        lab = SimulatedLab(folder / "host", kernel=kernel)
+        before = lab.debian.snapshot()
+        lab.fault, lab.fault_at, lab.inside = fault, at, inside
+        outcome, said = validate(lab, folder)
+
+        if outcome.state is not State.RESTORED and lab.debian.file(FOLDER[1:]).exists():
+            # Cut off before it could do more: whoever comes next finds the journal.
+            lab.clock.sleep(1000)
+            assert recover("vm", lab, 100, said.append) == [], said
+        elif not lab.is_up:
+            lab.reset()  # nothing was changed yet, so nobody came back to switch it on
+            lab.clock.sleep(100)
+        assert_as_it_was(lab, before, said)
+        if kernel is Kernel.GOOD:
+            assert outcome.verdict is not Verdict.REGRESSED, said
+        else:
+            assert outcome.verdict is not Verdict.GOOD, said
+        if fault is Fault.INTERRUPT and at < lab.operations - 1:
+            assert outcome.exit_code == 130
+
+
+@given(at=st.integers(0, MOST_OPERATIONS), kernel=st.sampled_from([Kernel.GOOD, Kernel.PANICS, Kernel.NO_NETWORK]))
+@settings(max_examples=60, deadline=None)
+def test_a_controller_that_dies_leaves_what_the_next_validation_rolls_back(at: int, kernel: Kernel) -> None:
+    class Died(BaseException):
+        """SIGKILL."""
+
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        folder = Path(name)
+        lab = SimulatedLab(folder / "host", kernel=kernel)
+        before = lab.debian.snapshot()
+        original = lab.happens
+
+        def happens() -> bool:
+            if lab.operations >= at:
+                raise Died
+            return original()
+
+        lab.happens = happens  # type: ignore[method-assign]
+        with suppress(Died):
+            validate(lab, folder)
+        lab.happens = original  # type: ignore[method-assign]
+        lab.is_held = False
+        lab.clock.sleep(1000)
+        lab.kernel = Kernel.GOOD
+        outcome, said = validate(lab, folder)
+        assert outcome.verdict is Verdict.GOOD, said
+        assert_as_it_was(lab, before, said)
