@@ -191,8 +191,12 @@ class IrqIoctls:
             raise Errno(errno.EINVAL)
         data = vm.mm.read(argp + 8, nr * _ROUTING_ENTRY.size)
         routes: list[GsiRoute] = []
+        by_gsi: dict[int, list[GsiRoute]] = {}
         for gsi, kind, entry_flags, _pad, union in _ROUTING_ENTRY.iter_unpack(data):
-            routes.append(self._route(irqchip, routes, gsi, kind, entry_flags, union))
+            earlier = by_gsi.setdefault(gsi, [])
+            route = self._route(irqchip, earlier, gsi, kind, entry_flags, union)
+            earlier.append(route)
+            routes.append(route)
         irqchip.routes = GsiRoutes(routes)
         return 0
 
@@ -221,7 +225,7 @@ class IrqIoctls:
             route = GsiRoute(gsi, chip=chip, pin=pin)
         for other in earlier:
             # Only one route of a kind per GSI: an MSI shares with nobody, chips not with themselves.
-            if other.gsi == gsi and (other.msi is not None or route.msi is not None or other.chip == route.chip):
+            if other.msi is not None or route.msi is not None or other.chip == route.chip:
                 raise Errno(errno.EINVAL)
         return route
 

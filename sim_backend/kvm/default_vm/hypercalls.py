@@ -99,7 +99,8 @@ def _in_kernel(vcpu: "Vcpu", number: int, args: list[int]) -> int:
         return 0
     if number == KVM_HC_KICK_CPU and guest_pv_has(vcpu, KVM_FEATURE_PV_UNHALT):
         for other in vcpu.vm.vcpus:
-            if other.id == args[1] & _U32:
+            if other.id == args[1] & _U32 and other.apic is not None:
+                other.pv_unhalted = True
                 other.kick()
         return 0
     if number == KVM_HC_SEND_IPI and guest_pv_has(vcpu, KVM_FEATURE_PV_SEND_IPI):

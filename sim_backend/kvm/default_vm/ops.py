@@ -173,7 +173,7 @@ class DefaultVmOps:
 
     def vcpu_has_events(self, vcpu: "Vcpu") -> bool:
         """Tell whether a halted vCPU should wake."""
-        if vcpu.nmi_pending or vcpu.exception_queued() or vcpu.smi_pending:
+        if vcpu.nmi_pending or vcpu.exception_queued() or vcpu.smi_pending or vcpu.pv_unhalted:
             return True
         apic = vcpu.apic
         if apic is None:
