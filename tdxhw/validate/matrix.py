@@ -5,7 +5,7 @@ nothing to either are let through.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
 from math import prod
 from typing import Final
@@ -55,3 +55,17 @@ def _values(word: str, text: str) -> tuple[str, ...]:
 def words(parameters: dict[str, str]) -> str:
     """Return the parameters of one boot as they stand on the kernel command line."""
     return " ".join(f"{name}={value}" for name, value in parameters.items())
+
+
+def differs(parameters: Mapping[str, str], base: Mapping[str, str]) -> bool:
+    """Whether one of `parameters` has another value in `base`, as /sys/module shows it; what is not there does not."""
+    return any(name in base and _meant(value, base[name]) != base[name] for name, value in parameters.items())
+
+
+def _meant(value: str, shown: str) -> str:
+    """Return a value as the kernel would show it, where it shows a switch (`kstrtobool()`)."""
+    if shown not in ("Y", "N"):
+        return value
+    return {"y": "Y", "t": "Y", "1": "Y", "n": "N", "f": "N", "0": "N"}.get(
+        value[:1].lower(), {"on": "Y", "of": "N"}.get(value[:2].lower(), value)
+    )

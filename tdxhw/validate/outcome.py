@@ -28,6 +28,7 @@ class Tried:
     findings: "list[Finding]" = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     boot_failure: str = ""
+    other_parameters: bool = False  # one of them is not what it is under the host's own kernel
 
     def told_apart(self) -> Results:
         """Return the results with the parameters of this boot: with others, the same test may well fail."""
@@ -66,6 +67,7 @@ class Outcome:
                     self.base, merge(one.results), problems=[*one.problems, *problems],
                     findings=[] if one.boot_failure else one.findings,  # what it died of is told already
                     base_findings=self.base_findings, boot_failure=one.boot_failure,
+                    other_parameters=one.other_parameters,
                 ),
             )
             for one in tried

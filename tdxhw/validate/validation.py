@@ -15,6 +15,7 @@ from tdxhw.lab.console.lines import ConsoleLine
 from tdxhw.lab.errors import LabUnreachable
 from tdxhw.lab.lease import who_am_i
 from tdxhw.report.results import Results
+from tdxhw.validate import matrix
 from tdxhw.validate.boot_once import BootFailure, Trial
 from tdxhw.validate.candidate import Candidate
 from tdxhw.validate.course import Course
@@ -133,7 +134,8 @@ class Validation:
             plan.boot_limit_s, plan.panic_s, plan.command_line, self._said,
         )  # fmt: skip
         for number, parameters in enumerate(plan.matrix):
-            self._try(trial, parameters, f"results-{number}" if len(plan.matrix) > 1 else "results")
+            tried = Tried(parameters, other_parameters=matrix.differs(parameters, before.get("parameters", {})))
+            self._try(trial, tried, f"results-{number}" if len(plan.matrix) > 1 else "results")
 
     def _see_the_power(self) -> None:
         """Find out now whether power control works, not when it is needed. ``HarnessError`` if it does not."""
@@ -145,8 +147,8 @@ class Validation:
                 f"{self.plan.host}: {power.name} says that it is off, and it answers: is that its own switch?"
             )
 
-    def _try(self, trial: Trial, parameters: dict[str, str], name: str) -> None:
-        tried = Tried(parameters)
+    def _try(self, trial: Trial, tried: Tried, name: str) -> None:
+        parameters = tried.parameters
         self.outcome.tried.append(tried)
         said_before = len(self._said())
         ahead_s = 0.0

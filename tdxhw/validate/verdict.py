@@ -97,12 +97,15 @@ def judge(
     findings: Sequence["Finding"] = (),
     base_findings: Sequence["Finding"] = (),
     boot_failure: str = "",
+    other_parameters: bool = False,
 ) -> Judgement:
     """Say whether NEW is as good as BASE.
 
     `problems` are failures of infrastructure, one line each. `findings` were on the console of the new kernel;
     what is in `base_findings`, too, is nothing new. `boot_failure` says how the new kernel was proven not to boot.
-    Only results from hardware count: the simulator says nothing about a kernel build.
+    With `other_parameters` the new kernel was asked to be another than the baseline's (``kvm_intel.tdx=N``): a test
+    that is now skipped is then a note, as long as others say something. Only results from hardware count: the
+    simulator says nothing about a kernel build.
     """
     base, new = _hardware(base), _hardware(new)
     seen = [_unclear("infrastructure", f"infrastructure: {problem}", problem) for problem in problems]
@@ -113,7 +116,7 @@ def judge(
     if obstacle and not (boot_failure and not new.results):
         seen.append(_unclear("not comparable", obstacle, obstacle))
     if comparison is not None:
-        seen += _of_tests(comparison, findings)
+        seen += _of_tests(comparison, findings, other_parameters=other_parameters)
     seen += _of_console(findings, base_findings)
     return _concluded(comparison, seen)
 
@@ -156,7 +159,7 @@ def _unclear(kind: str, reason: str, name: str) -> _Observation:
 # ---- tests ----
 
 
-def _of_tests(comparison: Comparison, findings: Iterable["Finding"]) -> list[_Observation]:
+def _of_tests(comparison: Comparison, findings: Iterable["Finding"], *, other_parameters: bool) -> list[_Observation]:
     console: dict[str, list[str]] = {}
     for finding in findings:
         console.setdefault(finding.test, []).append(_told(finding))
@@ -165,6 +168,8 @@ def _of_tests(comparison: Comparison, findings: Iterable["Finding"]) -> list[_Ob
         weight = CHANGE_WEIGHTS[entry.change]
         if entry.change in (Change.LOST, Change.GONE) and not _passed(entry):
             weight = Weight.NOTE  # it never passed: nothing that was known is lost
+        if other_parameters and entry.change is Change.LOST and all(r.status is Status.SKIP for r in entry.new):
+            weight = Weight.NOTE  # it was asked for
         if weight is Weight.NOTHING:
             continue
         told = _message(entry)

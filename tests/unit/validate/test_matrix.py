@@ -10,7 +10,7 @@ from tdxhw.history import queries
 from tdxhw.history.queries import Wanted
 from tdxhw.history.store import History, RunRecord
 from tdxhw.report.results import Results, Status
-from tdxhw.validate.matrix import MAX_BOOTS, MatrixError, parse, words
+from tdxhw.validate.matrix import MAX_BOOTS, MatrixError, differs, parse, words
 from tdxhw.validate.outcome import Outcome, Tried
 from tests.unit.report.samples import result
 
@@ -86,3 +86,19 @@ def test_a_test_that_fails_with_other_parameters_is_not_flaky(tmp_path: Path) ->
         assert history.add(RunRecord("validate"), outcome.results).new == 2
         assert queries.failing(history.database, Wanted(), only_flaky=True) == []
         assert [(line.passed, line.failed) for line in queries.failing(history.database, Wanted())] == [(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown", "other"),
+    [
+        ("Y", "Y", False), ("1", "Y", False), ("on", "Y", False), ("0", "Y", True), ("off", "Y", True),
+        ("n", "N", False),
+        ("y", "N", True), ("3", "3", False), ("3", "4", True),
+    ],
+)  # fmt: skip
+def test_a_value_is_another_only_if_the_kernel_would_show_another(asked: str, shown: str, other: bool) -> None:
+    assert differs({"kvm_intel.tdx": asked}, {"kvm_intel.tdx": shown}) is other
+
+
+def test_a_parameter_that_the_own_kernel_does_not_show_is_no_other() -> None:
+    assert not differs({"kvm_intel.new": "1"}, {"kvm_intel.tdx": "Y"})

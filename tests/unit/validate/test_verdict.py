@@ -65,6 +65,19 @@ def test_a_build_under_which_a_test(case: str) -> None:
     assert "\n" not in judgement.line
 
 
+@pytest.mark.parametrize(
+    ("now", "verdict"), [(SKIP, GOOD), (MISS, INCONCLUSIVE), (FAIL, REGRESSED)], ids=lambda one: one.value
+)
+def test_with_other_parameters_only_a_skip_is_what_was_asked_for(now: Status, verdict: Verdict) -> None:
+    judgement = judge(both(STEADY, run(PASS)), both(STEADY, run(now)), other_parameters=True)
+    assert judgement.verdict is verdict
+    assert any(NAME in reason for reason in judgement.reasons), "it is told all the same"
+
+
+def test_with_other_parameters_a_boot_that_skips_everything_says_nothing() -> None:
+    assert judge(run(PASS), run(SKIP), other_parameters=True).verdict is INCONCLUSIVE
+
+
 def test_the_tables_have_every_change() -> None:
     assert set(CHANGE_WEIGHTS) == set(Change)
     assert [change for change, weight in CHANGE_WEIGHTS.items() if weight is Weight.REGRESSES] == [Change.REGRESSION]
