@@ -126,8 +126,11 @@ class Player:
         return self._number_of(record["obj"])
 
     def _number_of(self, name: str) -> int:
-        """Return the descriptor of an object; once closed, a number that nothing in this process takes over."""
-        return _NEVER_OPEN if name in self._closed else self._fds[name]
+        """Return the descriptor of an object. Once closed, another object may have its number, but nothing of ours."""
+        fd = self._fds[name]
+        if name not in self._closed or any(fd == other for key, other in self._fds.items() if key not in self._closed):
+            return fd
+        return _NEVER_OPEN
 
     def _name(self, kind: str, fd: int) -> str:
         index = self._counts.get(kind, 0)
@@ -311,8 +314,7 @@ class Player:
         memory = mapping.memory
         _prepare(memory, argument)
         answer: dict[str, Any]
-        watchdog_s = self._watchdog_s if record.get("watchdog") else WATCHDOG_S
-        with self._interruption(memory, argument, watchdog_s):
+        with self._interruption(memory, argument, self.patience_s(record)):
             try:
                 answer = {"ret": self._call(self._fd(record), _KVM_RUN, 0)}
             except KvmError as error:
@@ -325,6 +327,10 @@ class Player:
             image = bytes(memory[SYNC_REGS : SYNC_REGS + regs.size])
             answer["sync_regs"] = {key: value for key, value in regs.unpack(image).items() if value}
         return answer
+
+    def patience_s(self, record: Record) -> float:
+        """Return after what time the guest of a KVM_RUN without a signal is interrupted."""
+        return self._watchdog_s if record.get("watchdog") else WATCHDOG_S
 
     @contextmanager
     def _interruption(self, memory: memoryview, argument: Mapping[str, Any], watchdog_s: float) -> Iterator[None]:

@@ -471,6 +471,10 @@ class UnicornCpu:
         except PageFault:
             self.quads[_Q_CR + 2] = gla
             raise
+        except EptViolation as violation:
+            if violation.qualification & 0x100:
+                violation.gpa = violation.gpa & ~0xFFF | gla & 0xFFF
+            raise
         return hpa | (gla & 0xFFF)
 
     def code(self, length: int) -> bytes:

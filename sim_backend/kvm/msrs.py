@@ -289,7 +289,7 @@ def _set_kept(vcpu: "Vcpu", index: int, value: int, host_initiated: bool) -> Non
         if value & ~1 or (value & 1 and not cpuid_fault):
             raise MsrRefused
     if index == MSR_IA32_MISC_ENABLE and not host_initiated:
-        kept = vcpu.msrs.get(index, MISC_ENABLE_RESET) & MISC_ENABLE_PRESERVED
+        kept = get_msr_common(vcpu, index, host_initiated=True) & MISC_ENABLE_PRESERVED
         value = value & ~MISC_ENABLE_PRESERVED | kept
     if index == MSR_KVM_POLL_CONTROL and value & ~1:
         raise MsrRefused

@@ -33,11 +33,11 @@ class NeedsPort(Exception):  # noqa: N818 - control flow of an attempt
 
 
 class NeedsRead(Exception):  # noqa: N818 - control flow of an attempt
-    """An MMIO read has no answer yet."""
+    """An operand is MMIO, or part of it behind a page boundary is, and has no answer yet."""
 
-    def __init__(self, gpa: int, size: int) -> None:
-        self.gpa = gpa
-        self.size = size
+    def __init__(self, parts: list[bytes | None], fragments: list[tuple[int, int]]) -> None:
+        self.parts = parts  # None: one of the fragments
+        self.fragments = fragments  # GPA and length [bytes]
 
 
 class PageFault(Exception):  # noqa: N818 - control flow of an attempt
@@ -79,7 +79,7 @@ class Decoded:
     instruction: Instruction
     code: bytes
     reads: list[int]  # the operands read so far: executed again, it takes them from here (``mem_read``)
-    answers: list[bytes]  # the parts of the next one: before and behind a page boundary
+    port_data: bytes | None = None  # what user space gave for INS
     stale: bool = False  # the vCPU's registers were set meanwhile: results go nowhere, increments to the new values
 
 
@@ -92,7 +92,6 @@ class Attempt:
         self._decoded: Final = decoded
         self.state: Final = decoded.state
         self._reads: Final = list(decoded.reads)
-        self._answers: Final = list(decoded.answers)
         self.gprs: Final = list(cpu.gprs)
         self._operands: Final = list(decoded.operands) if decoded.stale else self.gprs
         self.rflags = decoded.rflags
@@ -205,35 +204,32 @@ class Attempt:
         """Read memory, or MMIO; raise `NeedsRead` or `PageFault`."""
         if self._reads:
             return self._reads.pop(0)
-        data = b"".join(self._load_physical(gpa, length) for gpa, length in self._pages(linear, size, False))
-        value = int.from_bytes(data, "little")
+        parts: list[bytes | None] = []
+        fragments = []
+        for gpa, length in self._pages(linear, size, False):
+            part = self._read_physical(gpa, length)
+            parts.append(part)
+            if part is None:
+                fragments.append((gpa, length))
+        if fragments:
+            raise NeedsRead(parts, fragments)
+        value = int.from_bytes(b"".join(part or b"" for part in parts), "little")
         self._decoded.reads.append(value)
-        self._decoded.answers.clear()
         return value
 
-    def _load_physical(self, gpa: int, length: int) -> bytes:
-        if self._answers:
-            return self._answers.pop(0)
-        part = self._read_physical(gpa, length)
-        self._decoded.answers.append(part)
-        return part
-
-    def _read_physical(self, gpa: int, length: int) -> bytes:
+    def _read_physical(self, gpa: int, length: int) -> bytes | None:
         vm = self.vcpu.vm
         if vm.find_memslot(gpa >> 12) is not None:
             data = read_guest(vm, gpa, length)
             if data is None:
                 raise Errno(errno.EFAULT)
             return data
-        device = vm.io_bus.read(self.vcpu, gpa, length, pio=False)
-        if device is not None:
-            return device
-        raise NeedsRead(gpa, length)
+        return vm.io_bus.read(self.vcpu, gpa, length, pio=False)
 
     def port_read(self, port: int, size: int, count: int) -> bytes:
         """Return elements from a port; raise `NeedsPort`."""
-        if self._answers:
-            return self._answers.pop(0)
+        if self._decoded.port_data is not None:
+            return self._decoded.port_data
         data = b""
         for _ in range(count):
             element = self.vcpu.vm.io_bus.read(self.vcpu, port, size, pio=True)

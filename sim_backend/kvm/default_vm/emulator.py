@@ -26,7 +26,7 @@ from sim_backend.kvm.default_vm.attempt import (
 from sim_backend.kvm.default_vm.guest_events import UD, raise_in_guest
 from sim_backend.kvm.default_vm.instruction import DecodeError, Decoder, Instruction, NotDecoded, segment_of
 from sim_backend.kvm.default_vm.io_exits import (
-    exit_for_mmio_read,
+    exit_for_mmio_reads,
     exit_for_mmio_writes,
     exit_for_port_read,
     exit_for_port_write,
@@ -62,7 +62,7 @@ def emulate_instruction(vcpu: "Vcpu", cpu: Cpu) -> bool:
         return emulation_failure(vcpu, cpu)
     except NotDecoded:
         raise not_modelled(cpu, code) from None
-    decoded = Decoded(state, list(cpu.gprs), cpu.rip, cpu.rflags, cpu.in_64bit_mode(), instruction, code, [], [])
+    decoded = Decoded(state, list(cpu.gprs), cpu.rip, cpu.rflags, cpu.in_64bit_mode(), instruction, code, [])
     vcpu.registers_set = False
     return _execute(vcpu, cpu, decoded)
 
@@ -109,15 +109,22 @@ def _execute(vcpu: "Vcpu", cpu: Cpu, decoded: Decoded) -> bool:
 
 def _ask(vcpu: "Vcpu", cpu: Cpu, decoded: Decoded, read: NeedsRead | NeedsPort) -> bool:
     """Exit for a read; RIP and RFLAGS stay as they were until the instruction is over."""
+    if isinstance(read, NeedsRead):
+        parts = read.parts
 
-    def resume(answer: bytes) -> bool:
-        decoded.answers.append(answer)
+        def resume(answers: list[bytes]) -> bool:
+            data = b"".join(part if part is not None else answers.pop(0) for part in parts)
+            decoded.reads.append(int.from_bytes(data, "little"))
+            return _execute(vcpu, cpu, decoded)
+
+        return exit_for_mmio_reads(vcpu, read.fragments, resume)
+    length = read.size * read.count
+
+    def resume_input() -> bool:
+        decoded.port_data = port_data(vcpu, length)
         return _execute(vcpu, cpu, decoded)
 
-    if isinstance(read, NeedsRead):
-        return exit_for_mmio_read(vcpu, read.gpa, read.size, resume)
-    length = read.size * read.count
-    return exit_for_port_read(vcpu, read.port, read.size, read.count, lambda: resume(port_data(vcpu, length)))
+    return exit_for_port_read(vcpu, read.port, read.size, read.count, resume_input)
 
 
 def emulation_failure(vcpu: "Vcpu", cpu: Cpu) -> bool:
@@ -179,7 +186,7 @@ class Execution(Attempt):
             return
         self.rip += one.length
         size = 1 if not opcode & 1 else one.operand_bytes
-        if opcode < 0x40:
+        if opcode < 0x40 and opcode & 7 < 6:
             self._alu_form(one, size)
         elif opcode in self.HANDLERS:
             self.HANDLERS[opcode](self, one, size)
@@ -321,6 +328,11 @@ class Execution(Attempt):
         top = self.gprs[RSP] - size & mask
         self.store(self.linear("ss", top, 8 if mask == _U64 else 4, size, write=True), size, value)
         self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | top
+
+    def move_stack(self, delta: int) -> None:
+        """Add to the stack pointer."""
+        mask = self.stack_mask()
+        self.gprs[RSP] = self.gprs[RSP] & ~mask & _U64 | self.gprs[RSP] + delta & mask
 
     def _pop_register(self, one: Instruction, _size: int) -> None:
         self.put(one.reg, self.stack_bytes(one), self.pop_value(one), 1)

@@ -15,6 +15,7 @@ SS: Final = 12
 GP: Final = 13
 RFLAGS_RF: Final = 1 << 16
 _NO_FAULTS: Final = frozenset({1, 3, 4, 8, 18})  # #DB, the traps #BP and #OF, the aborts #DF and #MC
+_CR0_PE: Final = 1
 _HAS_ERROR_CODE: Final = frozenset({8, 10, 11, 12, 13, 14, 17, 21})
 _U32: Final = 0xFFFF_FFFF
 
@@ -26,7 +27,7 @@ def is_fault(vector: int) -> bool:
 
 def raise_in_guest(vcpu: "Vcpu", cpu: Cpu, vector: int, error_code: int = 0) -> bool:
     """Make the guest take an exception instead of completing its instruction; return True (go on)."""
-    with_code = vector in _HAS_ERROR_CODE
+    with_code = vector in _HAS_ERROR_CODE and bool(cpu.get_state().cr0 & _CR0_PE)  # real mode has none
     exception = vcpu.exception
     exception.vector, exception.has_error_code, exception.error_code = vector, with_code, error_code
     if is_fault(vector):

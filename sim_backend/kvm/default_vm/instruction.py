@@ -106,6 +106,8 @@ class Decoder:
         layout = _LAYOUT.get(one.opcode)
         if one.opcode == _ARPL_OR_MOVSXD and not self._long:
             raise DecodeError("ARPL")
+        if self._long and one.opcode < 0x20 and (one.opcode in PUSHED_SEGMENTS or one.opcode in POPPED_SEGMENTS):
+            raise DecodeError("no instruction in 64-bit mode")
         if layout is None:
             if one.opcode in _KVM_EMULATES:
                 raise NotDecoded
@@ -189,6 +191,10 @@ class Decoder:
         one.offset = offset & mask
 
 
+PUSHED_SEGMENTS: Final = {0x06: "es", 0x0E: "cs", 0x16: "ss", 0x1E: "ds", 0x0FA0: "fs", 0x0FA8: "gs"}
+POPPED_SEGMENTS: Final = {0x07: "es", 0x17: "ss", 0x1F: "ds", 0x0FA1: "fs", 0x0FA9: "gs"}
+
+
 def segment_of(state: CpuState, name: str) -> Segment:
     """Return the segment register called `name`."""
     segment: Segment = getattr(state, name)
@@ -207,6 +213,7 @@ def _layouts() -> dict[int, str]:
     table |= {0x86: "m", 0x87: "m", 0x88: "m", 0x89: "m", 0x8A: "m", 0x8B: "m", 0x8C: "m", 0x8E: "m", 0x8F: "m"}
     table |= dict.fromkeys((0xA0, 0xA1, 0xA2, 0xA3), "o")
     table |= {0xCC: "", 0xCD: "b"}
+    table |= dict.fromkeys(PUSHED_SEGMENTS | POPPED_SEGMENTS, "")
     table |= dict.fromkeys((0x6C, 0x6D, 0x6E, 0x6F), "")
     table |= dict.fromkeys((0xA4, 0xA5, 0xA6, 0xA7, 0xAA, 0xAB, 0xAC, 0xAD, 0xAE, 0xAF), "")
     table |= {0xC0: "mb", 0xC1: "mb", 0xC6: "mb", 0xC7: "mz", 0xD0: "m", 0xD1: "m", 0xD2: "m", 0xD3: "m"}
@@ -234,7 +241,6 @@ def _layouts() -> dict[int, str]:
 _LAYOUT: Final = _layouts()
 _KVM_EMULATES: Final = frozenset(
     {
-        *(0x06, 0x07, 0x0E, 0x16, 0x17, 0x1E, 0x1F),  # PUSH and POP of segment registers
         *(0x60, 0x61),  # PUSHA, POPA
         *(
             0x9A,
@@ -247,7 +253,7 @@ _KVM_EMULATES: Final = frozenset(
             0xD7,
             0xEA,
         ),  # far, LES, LDS, ENTER, INT, XLAT
-        *(0x0F00, 0x0F0D, 0x0FA0, 0x0FA1, 0x0FA4, 0x0FA5, 0x0FA8, 0x0FA9, 0x0FAC, 0x0FAD, 0x0FB2, 0x0FB4, 0x0FB5),
+        *(0x0F00, 0x0F0D, 0x0FA4, 0x0FA5, 0x0FAC, 0x0FAD, 0x0FB2, 0x0FB4, 0x0FB5),
         *range(0x0F18, 0x0F20),
     }
 )

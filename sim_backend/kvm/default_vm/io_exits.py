@@ -55,22 +55,30 @@ def _fill_mmio(vcpu: "Vcpu", gpa: int, size: int, data: bytes | None) -> None:
     run.u8[UNION + 20] = data is not None
 
 
-def exit_for_mmio_read(vcpu: "Vcpu", gpa: int, size: int, complete: Callable[[bytes], bool]) -> bool:
-    """Ask for `size` [bytes] at `gpa`, eight at a time; hand them to `complete`."""
-    pieces: list[bytes] = []
+def exit_for_mmio_reads(
+    vcpu: "Vcpu", fragments: list[tuple[int, int]], complete: Callable[[list[bytes]], bool]
+) -> bool:
+    """Ask for each fragment (GPA, length [bytes]), eight bytes at a time; hand all answers to `complete`."""
+    answers: list[bytes] = []
 
-    def ask(offset: int) -> bool:
-        part = min(FRAGMENT, size - offset)
-        _fill_mmio(vcpu, gpa + offset, part, None)
+    def ask(index: int, so_far: bytes) -> bool:
+        if index == len(fragments):
+            return complete(answers)
+        gpa, length = fragments[index]
+        part = min(FRAGMENT, length - len(so_far))
+        _fill_mmio(vcpu, gpa + len(so_far), part, None)
 
         def answered() -> bool:
-            pieces.append(bytes(vcpu.run.u8[UNION + 8 : UNION + 8 + part]))
-            return ask(offset + part) if offset + part < size else complete(b"".join(pieces))
+            data = so_far + bytes(vcpu.run.u8[UNION + 8 : UNION + 8 + part])
+            if len(data) < length:
+                return ask(index, data)
+            answers.append(data)
+            return ask(index + 1, b"")
 
         vcpu.complete_userspace_io = answered
         return False
 
-    return ask(0)
+    return ask(0, b"")
 
 
 def exit_for_mmio_writes(vcpu: "Vcpu", fragments: list[tuple[int, bytes]]) -> bool:

@@ -12,7 +12,7 @@ from sim_backend.hw.gprs import RAX, RBX, RCX, RDX, RSP
 from sim_backend.kvm.default_vm import alu
 from sim_backend.kvm.default_vm.attempt import GuestException, Unhandled
 from sim_backend.kvm.default_vm.guest_events import GP, UD
-from sim_backend.kvm.default_vm.instruction import Instruction
+from sim_backend.kvm.default_vm.instruction import POPPED_SEGMENTS, PUSHED_SEGMENTS, Instruction, segment_of
 from sim_backend.kvm.guest_paging import read_guest
 
 if TYPE_CHECKING:
@@ -189,6 +189,25 @@ def _load_segment(at: "Execution", one: Instruction, _size: int) -> None:
     at.load_real_segment(("es", "cs", "ss", "ds", "fs", "gs")[number], selector)
 
 
+def _push_segment(at: "Execution", one: Instruction, _size: int) -> None:
+    """PUSH of a segment register: of four bytes only the selector's two are written."""
+    selector = segment_of(at.state, PUSHED_SEGMENTS[one.opcode]).selector
+    if at.stack_bytes(one) == 4:
+        at.move_stack(-2)
+        one.operand_bytes = 2
+    at.push_value(one, selector)
+
+
+def _pop_segment(at: "Execution", one: Instruction, _size: int) -> None:
+    name = POPPED_SEGMENTS[one.opcode]
+    if at.state.cr0 & 1 or name == "ss":
+        raise at.not_modelled()  # descriptors; and the shadow that loading SS casts
+    size, one.operand_bytes = at.stack_bytes(one), 2
+    selector = at.pop_value(one)
+    at.move_stack(size - 2)
+    at.load_real_segment(name, selector)
+
+
 def _store_machine_status(at: "Execution", one: Instruction, _size: int) -> None:
     """SMSW, of group 7; the other members touch descriptor tables."""
     if one.reg & 7 == 5:
@@ -338,6 +357,8 @@ HANDLERS: Final = MappingProxyType[int, Handler](
         **dict.fromkeys(range(0x0F90, 0x0FA0), _set_byte),
         **dict.fromkeys(range(0x0F40, 0x0F50), _conditional_move),
         0x8E: _load_segment,
+        **dict.fromkeys(PUSHED_SEGMENTS, _push_segment),
+        **dict.fromkeys(POPPED_SEGMENTS, _pop_segment),
         0x8F: _pop_to_rm,
         0x0F01: _store_machine_status,
         0x0FC7: _compare_exchange_pair,

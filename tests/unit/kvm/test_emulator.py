@@ -269,3 +269,32 @@ def test_an_emulation_failure_of_the_guest_s_kernel_queues_ud_unless_its_code_is
         assert small.vcpu.run() == KvmExit.KVM_EXIT_INTERNAL_ERROR
         exception = small.vcpu.get_vcpu_events().exception
         assert bool(exception.injected or exception.pending) is pending
+
+
+@pytest.mark.parametrize(("prefix", "moved", "size"), [(b"", 2, 2), (b"\x66", 4, 2)], ids=["16 bits", "32 bits"])
+def test_a_segment_register_pushed_to_mmio_is_its_selector_alone(
+    kernel: SimKernel, prefix: bytes, moved: int, size: int
+) -> None:
+    with SmallVm(kernel, prefix + b"\x1e\xf4") as small:  # push ds
+        sregs = small.vcpu.get_sregs()
+        sregs.ss.base, sregs.ds.selector = IN_MMIO, 0x1234
+        small.vcpu.set_sregs(sregs)
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_MMIO
+        written = small.vcpu.kvm_run.mmio
+        assert (written.phys_addr, written.len) == (IN_MMIO + 0x8000 - moved, size)
+        assert bytes(written.data)[:2] == b"\x34\x12"
+        assert small.vcpu.get_regs().rsp == 0x8000 - moved
+
+
+@pytest.mark.parametrize("code", [b"\x1f", b"\x8e\x1f"], ids=["pop ds", "mov ds, [bx]"])
+def test_a_segment_register_loaded_from_mmio_in_real_mode_keeps_its_limit(kernel: SimKernel, code: bytes) -> None:
+    with SmallVm(kernel, code + b"\xf4") as small:
+        sregs = small.vcpu.get_sregs()
+        sregs.ss.base = sregs.ds.base = IN_MMIO
+        sregs.ds.limit = 0xABCD
+        small.vcpu.set_sregs(sregs)
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_MMIO
+        small.vcpu.kvm_run.mmio.data[:2] = b"\x34\x12"
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
+        after = small.vcpu.get_sregs().ds
+        assert (after.selector, after.base, after.limit) == (0x1234, 0x12340, 0xABCD)

@@ -42,6 +42,7 @@ def test_an_exception_whose_stack_is_no_memory_waits_and_has_set_rf(kernel: SimK
         with_stack_in(small, NO_MEMORY)
         assert small.vcpu.run() == KvmExit.KVM_EXIT_INTERNAL_ERROR
         assert small.vcpu.kvm_run.internal.suberror == DELIVERY_EV
+        assert small.vcpu.kvm_run.internal.data[3] == NO_MEMORY + 0x7FFE, "the guest-physical address, to the byte"
         events = small.vcpu.get_vcpu_events()
         assert (events.exception.injected, events.exception.nr) == (1, UD)
         stopped = small.vcpu.get_regs()

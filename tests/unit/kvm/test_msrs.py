@@ -86,6 +86,12 @@ def test_the_interrupt_of_asynchronous_page_faults_needs_a_local_apic(kernel: Si
         assert write(small.vcpu, ASYNC_PF_EN, 1)
 
 
+@pytest.mark.parametrize(("kernel", "value"), [("pvm", 1), ("svm", 0x1800), ("7.3", 0x1800)], indirect=["kernel"])
+def test_misc_enable_after_reset_is_the_kernel_s(kernel: SimKernel, value: int) -> None:
+    with SmallVm(kernel) as small:
+        assert read(small.vcpu, 0x1A0) == value
+
+
 def test_hwcr_drops_the_bits_that_mean_nothing_here(kernel: SimKernel) -> None:
     with SmallVm(kernel) as small:
         assert write(small.vcpu, HWCR, 0x148 | 1 << 18)

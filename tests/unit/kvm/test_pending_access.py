@@ -61,3 +61,22 @@ def test_what_an_instruction_increments_it_increments_from_the_new_value(kernel:
         after = small.vcpu.get_regs()
         assert (after.rsi, after.rdi, after.rcx) == (0x51, 0x4001, 8)
         assert small.memory.word(0x3000) & 0xFF == 0x34, "the first byte went where it was to go"
+
+
+def test_an_operand_across_two_pages_is_asked_for_whole_whatever_is_set_meanwhile(kernel: SimKernel) -> None:
+    with SmallVm(kernel, b"\x8f\x06\x00\x30\xf4") as small:  # pop word [0x3000]
+        sregs = small.vcpu.get_sregs()
+        sregs.ss.base = MMIO
+        small.vcpu.set_sregs(sregs)
+        set_registers(small, rsp=0xFFF)
+        exits = []
+        for answer in (b"\x34", b"\x12"):
+            assert small.vcpu.run() == KvmExit.KVM_EXIT_MMIO
+            mmio = small.vcpu.kvm_run.mmio
+            exits.append((mmio.phys_addr, mmio.len))
+            mmio.data[:1] = answer
+            set_registers(small, rsp=0x4000)
+        assert exits == [(MMIO + 0xFFF, 1), (MMIO + 0x1000, 1)]
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
+        assert small.memory.word(0x3000) & 0xFFFF == 0x1234
+        assert small.vcpu.get_regs().rsp == 0x4002

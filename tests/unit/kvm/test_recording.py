@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from sim_backend.kvm.recorded_host import profile_of_host, profile_of_recording
+from sim_backend.kvm_player import Player
 from sim_backend.kvm_recording import Layout, layout, read_records
 from sim_backend.kvm_replay import compare, replay
 from sim_backend.vector_file import ReplayFormatError
+from uapi_ctypes.linux import LinuxKernel
 
 RECORDINGS = Path(__file__).parents[2] / "golden" / "kvm"
 OPEN = {"i": 0, "scenario": "s", "fd": "host", "req": "open", "arg": {"path": "/dev/kvm"}, "ret": "kvm0", "errno": None}
@@ -88,3 +90,26 @@ def test_a_recording_may_be_compressed_or_plain(tmp_path: Path) -> None:
     plain = tmp_path / "memory_encrypt.jsonl"
     plain.write_bytes(gzip.decompress(source.read_bytes()))
     assert list(read_records(plain)) == list(read_records(source))
+
+
+def test_a_closed_object_is_gone_even_where_the_simulator_takes_its_number_over(tmp_path: Path) -> None:
+    create = {"nr": "0xae01", "req": "KVM_CREATE_VM", "fd": "kvm", "obj": "kvm0", "arg": {"int": 0}}
+    close = {"fd": "vm", "obj": "vm0", "req": "close", "arg": {}}
+    gone = {"ret": -1, "errno": "EBADF"}
+    steps = [
+        OPEN,
+        {**OPEN, **create, "ret": "vm0"},
+        {**OPEN, **close, "ret": 0},
+        {**OPEN, "req": "buf", "arg": {"id": "buf0", "size": 4096, "fill": 0, "prot": "rw"}, "ret": 0},
+        {**OPEN, **close, **gone},
+        {**OPEN, "fd": "vm", "obj": "vm0", "req": "fstat", "arg": {}, **gone},
+    ]
+    path = written(tmp_path / "closed.jsonl", *({**step, "i": index} for index, step in enumerate(steps)))
+    assert [divergence for _, divergence in replay(path) if divergence is not None] == []
+
+
+def test_a_guest_is_interrupted_early_only_where_the_recording_says_that_it_never_exits() -> None:
+    player = Player(LinuxKernel(), watchdog_s=0.25)
+    run = {"nr": "0xae80", "req": "KVM_RUN", "fd": "vcpu", "obj": "vcpu0", "arg": {}}
+    assert player.patience_s(run) > 1
+    assert player.patience_s({**run, "watchdog": True}) == 0.25

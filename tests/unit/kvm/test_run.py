@@ -258,3 +258,25 @@ def test_a_string_port_access_to_mmio_asks_user_space_for_both(
         regs.rdx = 0x80
         small.vcpu.set_regs(regs)
         assert [small.vcpu.run() for _ in exits] == exits
+
+
+@pytest.mark.parametrize("injected_by_user", [False, True])
+def test_an_exception_in_real_mode_loses_its_error_code_when_it_is_delivered(
+    kernel: SimKernel, injected_by_user: bool
+) -> None:
+    with SmallVm(kernel, b"\x90\xf4" if injected_by_user else b"\x0f\x30\xf4") as small:  # NOP, or WRMSR
+        small.memory[4 * 13] = (0x1200).to_bytes(4, "little")
+        small.memory[0x1200] = b"\xf4"
+        regs = small.vcpu.get_regs()
+        regs.rcx = 0xDEAD_BEEF
+        small.vcpu.set_regs(regs)
+        if injected_by_user:
+            events = small.vcpu.get_vcpu_events()
+            events.exception.injected, events.exception.nr = 1, 13
+            events.exception.has_error_code, events.exception.error_code = 1, 8
+            small.vcpu.set_vcpu_events(events)
+            assert small.vcpu.get_vcpu_events().exception.has_error_code == 1
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
+        assert small.vcpu.get_regs().rip == 0x1201, "the handler of #GP"
+        exception = small.vcpu.get_vcpu_events().exception
+        assert (exception.nr, exception.has_error_code, exception.injected) == (13, 0, 0)

@@ -45,7 +45,10 @@ class TestIo:
     @pytest.mark.parametrize(("size", "value"), [(1, 0xAB), (2, 0xABCD), (4, 0xABCD1234)])
     def test_a_write_reaches_user_space(self, td: TestTd, size: int, value: int) -> None:
         td.build(Program().vmcall(IO, size, 1, 0x123, value | 0xFFFF << 48).done())
+        page = td.vcpu.run_area.memory
+        page[4096:4104] = b"\xee" * 8
         assert td.run() == OUT
+        assert page[4096 + size : 4104] == b"\xee" * (8 - size)
         io = td.vcpu.kvm_run.io
         assert (io.direction, io.size, io.port, io.count, io.data_offset) == (1, size, 0x123, 1, 4096)
         assert int.from_bytes(td.vcpu.io_data(), "little") == value
