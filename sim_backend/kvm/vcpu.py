@@ -225,7 +225,7 @@ class Vcpu:
 
     def queue_smi(self) -> bool:
         """Make an SMI pending (any thread); False where there is no system management mode (kvm_inject_smi)."""
-        if not self.vm.host.profile.behaves("smm") or not self.vm.ops.has_smm:
+        if not self.vm.host.profile.behaves("smm") or self.vm.ops.has_protected_state:
             return False
         self.smi_pending = True
         self.kick()

@@ -100,6 +100,8 @@ class Decoder:
         one.opcode = byte if byte != 0x0F else 0x0F00 | self._byte()
         if one.opcode == 0x0F38:
             one.opcode = 0x0F3800 | self._byte()
+            if one.opcode in (0x0F38F0, 0x0F38F1) and one.repeat:
+                raise DecodeError("CRC32")  # KVM knows MOVBE under this opcode, and nothing with a prefix
         one.mandatory_prefix = one.repeat or (0x66 if operand_override else 0)
         if one.opcode == _MOVNTI:
             one.operand_bytes = max(one.operand_bytes, 4)

@@ -234,7 +234,7 @@ def _compare_exchange_pair(at: "Execution", one: Instruction, _size: int) -> Non
 def _move_swapped(at: "Execution", one: Instruction, _size: int) -> None:
     """MOVBE, which is #UD unless the guest's CPUID has it (`guest_cpuid_has_movbe`)."""
     size = one.operand_bytes
-    if not one.is_memory or one.mandatory_prefix in (0xF2, 0xF3):
+    if not one.is_memory:
         raise Unhandled
     loads = one.opcode == 0x0F38F0
     value = at.read_rm(one, size) if loads else at.get(one.reg, size, one.rex)

@@ -239,6 +239,13 @@ def test_movbe_swaps_the_bytes_of_an_mmio_register(kernel: SimKernel) -> None:
         assert small.vcpu.run() == KvmExit.KVM_EXIT_HLT
 
 
+@pytest.mark.parametrize("code", [b"\xf2\x0f\x38\xf0\x07", b"\xf2\x0f\x38\xf1\x07"], ids=["byte", "word"])
+def test_a_crc32_of_mmio_is_an_emulation_failure(kernel: SimKernel, code: bytes) -> None:
+    with mmio_vm(kernel, code) as small:  # crc32 eax, [bx]
+        assert small.vcpu.run() == KvmExit.KVM_EXIT_INTERNAL_ERROR
+        assert small.vcpu.kvm_run.internal.suberror == 1
+
+
 def test_a_far_return_pops_its_target_and_its_segment_from_mmio(kernel: SimKernel) -> None:
     with SmallVm(kernel, b"\xca\x04\x00") as small:  # retf 4
         small.memory[0x2340 + 0x10] = b"\xf4"

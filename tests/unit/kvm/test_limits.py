@@ -164,3 +164,11 @@ def test_a_vmx_vcpu_has_neither_a_vmxon_region_nor_a_vmcs(kernel: SimKernel) -> 
         small.vcpu.set_nested_state(state)
         struct.pack_into("<Q", state, 8, 0x123)
         assert errno_of(lambda: small.vcpu.set_nested_state(state)) == "EINVAL"
+
+
+@pytest.mark.parametrize("kernel", ["svm"], indirect=True)
+def test_a_software_protected_vm_takes_an_smi_although_it_has_one_address_space(kernel: SimKernel) -> None:
+    with SmallVm(kernel, vm_type=1) as small:
+        small.vcpu.smi()
+        assert small.vcpu.get_vcpu_events().smi.pending == 1
+        assert errno_of(lambda: small.vm.set_user_memory_region(1 << 16, 0, 0x1000, small.memory.hva)) == "EINVAL"
