@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -211,11 +212,18 @@ class Session:
         transport = self._connection.transport
         if transport is None or not transport.is_active():
             raise self._lost(None)
+        # paramiko waits without a limit for the answer to this. A host that rebooted behind a jump host or a NAT, which
+        # acknowledge what it will never see, would keep us here for ever.
+        watchdog = threading.Timer(SILENCE_S, transport.close)
+        watchdog.daemon = True
+        watchdog.start()
         try:
             channel: paramiko.Channel = transport.open_session(timeout=CONNECT_TIMEOUT_S)
             channel.exec_command(command)
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise self._lost(error) from error
+        finally:
+            watchdog.cancel()
         channel.settimeout(SILENCE_S)
         return channel
 

@@ -17,6 +17,9 @@ FOLDER: Final = "/var/lib/tdxhw/validate"
 """On the host: the journal, what was uploaded, the guard's log. Gone once everything is undone."""
 
 _POLL_S: Final = 3.0
+_BRIEF_S: Final = 20.0  # more, and the connection is one to a boot that is over
+_WHOLE_S: Final = 120.0
+_SHUTDOWN_S: Final = 8.0
 _GOING_DOWN_S: Final = 180.0  # services may take their time to stop: systemd gives each 90 s
 # Detached, so that the command has an end before the connection has. Never by way of kexec: that would pass GRUB by.
 _REBOOT: Final = (
@@ -120,14 +123,14 @@ class Machine:
 
     def boot(self) -> Boot:
         """Say which boot this is."""
-        return Boot.of(self._survey("brief"))
+        return Boot.of(self._survey("brief", _BRIEF_S))
 
     def survey(self) -> dict[str, Any]:
         """Say everything that a validation looks at or could change."""
-        return self._survey("whole")
+        return self._survey("whole", _WHOLE_S)
 
-    def _survey(self, how_much: str) -> dict[str, Any]:
-        answer = json.loads(self.link.python("survey.py", how_much, package="tdxhw.validate.remote"))
+    def _survey(self, how_much: str, limit_s: float) -> dict[str, Any]:
+        answer = json.loads(self.link.python("survey.py", how_much, timeout_s=limit_s, package="tdxhw.validate.remote"))
         assert isinstance(answer, dict)
         return answer
 
@@ -209,7 +212,8 @@ class Machine:
                 raise ChangeFailed(f"{self.name}: was told to reboot and did not go down")
             return False
 
-        return self._await(is_another, limit_s)
+        self.clock.sleep(_SHUTDOWN_S)  # a connection to a host that goes down is one more to wait for the end of
+        return self._await(is_another, limit_s - _SHUTDOWN_S)
 
     def _await(self, is_wanted: Callable[[Boot], bool], limit_s: float) -> Boot | None:
         until = self.clock.now() + limit_s
