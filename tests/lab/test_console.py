@@ -70,7 +70,7 @@ def console_of(labs: Path, path: Path) -> Capture:
     return console
 
 
-def wait_for(what: str, condition: Callable[[], bool], console: Capture, limit_s: float = 60) -> None:
+def wait_for(what: str, condition: Callable[[], bool], console: Capture, limit_s: float = 180) -> None:
     until = time.monotonic() + limit_s
     while not condition():
         last = [line.text for line in console.lines[-5:]]
