@@ -10,7 +10,7 @@ from tdxhw.diff.rules import RULES, Rule, RuleSet
 
 Call: TypeAlias = Mapping[str, Any]
 
-_ANSWER: Final = ("ret", "errno", "hw_error", "exit")
+_ANSWER: Final = ("ret", "errno", "hw_error", "limit", "exit")
 _INDEX: Final = re.compile(r"\[[^\]]*\]")
 MISSING: Final = "(no call)"
 

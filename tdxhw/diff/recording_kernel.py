@@ -10,13 +10,14 @@ from tdxhw.diff.fields import Fields, changes, fields_of
 from tdxhw.diff.names import Names
 from tdxhw.diff.pointees import pointee
 from tdxhw.diff.run_page import RunPage
-from uapi_ctypes.errors import KvmError, errno_name
+from uapi_ctypes.errors import BackendLimit, KvmError, errno_name
 from uapi_ctypes.ioctl import KvmRequest, name_of, size_of
 from uapi_ctypes.kernel import IoctlArg, Kernel, KernelMapping
 from uapi_ctypes.kvm import KvmCreateDevice, KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2
 
 Call: TypeAlias = dict[str, Any]
-"""One call: ``obj``, ``req``, ``arg``; ``ret`` or ``errno`` (and ``hw_error``); ``out``; for KVM_RUN ``exit`` too."""
+"""One call: ``obj``, ``req``, ``arg``; ``ret``, or ``errno`` (and ``hw_error``), or ``limit``: what the simulator does not do;
+``out``; for KVM_RUN ``exit`` too."""
 
 Result = TypeVar("Result")
 
@@ -140,6 +141,10 @@ class RecordingKernel:
                 self._refused(pending, error)
             self._sink(pending.call)
             raise
+        except BackendLimit as limit:
+            pending.call["limit"] = str(limit.args[0])
+            self._sink(pending.call)
+            raise
 
     def _describe(self, fd: int, request: int, arg: IoctlArg) -> _Pending:
         names = self._names
@@ -189,6 +194,9 @@ class RecordingKernel:
             failed = False
         except KvmError as error:
             pending.call["errno"] = errno_name(error.errno or 0)
+            raise
+        except BackendLimit as limit:
+            pending.call["limit"] = str(limit.args[0])
             raise
         finally:
             with self._lock:

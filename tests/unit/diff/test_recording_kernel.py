@@ -9,7 +9,7 @@ from sim_backend.machine import boot
 from tdxhw.diff.recording_kernel import Call, RecordingKernel
 from tdxhw.ordinary_vm import OrdinaryVm
 from uapi_ctypes.device import Kvm
-from uapi_ctypes.errors import KvmError
+from uapi_ctypes.errors import BackendLimit, KvmError
 from uapi_ctypes.ioctl import KvmRequest
 from uapi_ctypes.kernel import Kernel
 from uapi_ctypes.kvm import KvmMemFlag
@@ -114,6 +114,22 @@ def test_a_run_that_fails_has_no_exit_fields(kernel: RecordingKernel, calls: lis
     (run,) = named(calls, "KVM_RUN")
     assert (run["errno"], run["arg"]) == ("EINTR", {"immediate_exit": 1})
     assert not any("." in path for path in run["out"])
+
+
+def test_what_the_simulator_does_not_do_is_recorded_by_name(kernel: RecordingKernel, calls: list[Call]) -> None:
+    with OrdinaryVm(kernel) as vm:
+        vm.add_slot(0, 0x1_0000)
+        vcpu = vm.create_vcpu()
+        vm.start_real_mode(vcpu, bytes.fromhex("0f 23 f8 f4"))  # mov dr7, eax
+        regs = vcpu.get_regs()
+        regs.rax = 0x403  # a breakpoint of the guest's own
+        vcpu.set_regs(regs)
+        with pytest.raises(BackendLimit):
+            vcpu.run()
+    (run,) = named(calls, "KVM_RUN")
+    assert "DR7" in run["limit"]
+    assert "ret" not in run
+    assert "errno" not in run
 
 
 def test_the_dirty_bitmap_is_part_of_the_answer(kernel: RecordingKernel, calls: list[Call]) -> None:
