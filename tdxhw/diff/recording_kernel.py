@@ -16,8 +16,8 @@ from uapi_ctypes.kernel import IoctlArg, Kernel, KernelMapping
 from uapi_ctypes.kvm import KvmCreateDevice, KvmUserspaceMemoryRegion, KvmUserspaceMemoryRegion2
 
 Call: TypeAlias = dict[str, Any]
-"""One call: ``obj``, ``req``, ``arg``; ``ret``, or ``errno`` (and ``hw_error``), or ``limit``: what the simulator does not do;
-``out``; for KVM_RUN ``exit`` too."""
+"""One call: ``obj``, ``req``, ``arg``; ``ret``, or ``errno`` (and ``hw_error``), or ``limit`` (what the simulator does
+not do); ``out``; for KVM_RUN ``exit`` too."""
 
 Result = TypeVar("Result")
 
