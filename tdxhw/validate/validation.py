@@ -4,7 +4,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -189,15 +189,20 @@ class Validation:
             raise LabUnreachable(f"{self.plan.host}: {failure.text}, after it had booted before")
 
     def _see_which_kernel(self, tried: Tried) -> None:
-        """Keep only results of the kernel on trial: each one carries the release that it ran under."""
+        """Keep only results of the kernel on trial. Those that do not say under which they ran get its name.
+
+        Suites of the user's own may ask nothing of tdxhw, and then nothing notes where they ran; but the kernel on
+        trial was verified before them, and a reboot under them is noticed.
+        """
         release = self.plan.candidate.release
         for number, results in enumerate(tried.results):
-            kept = tuple(one for one in results.results if one.provenance.get("kernel", release) == release)
-            if len(kept) < len(results.results):
-                others = {one.provenance["kernel"] for one in results.results} - {release}
-                lost = len(results.results) - len(kept)
+            told = [replace(one, provenance={"kernel": release, **one.provenance}) for one in results.results]
+            kept = tuple(one for one in told if one.provenance["kernel"] == release)
+            if len(kept) < len(told):
+                others = {one.provenance["kernel"] for one in told} - {release}
+                lost = len(told) - len(kept)
                 tried.problems.append(f"{lost} results are of {', '.join(sorted(others))}, not of {release}")
-                tried.results[number] = Results(kept, results.sources, results.notes)
+            tried.results[number] = Results(kept, results.sources, results.notes)
 
     # ---- what goes along ----
 

@@ -3,13 +3,14 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdxhw.report.results import Status
+from tdxhw.report.results import Results, Status
 from tdxhw.validate.machine import FOLDER
 from tdxhw.validate.outcome import Outcome
 from tdxhw.validate.recovery import recover
@@ -189,6 +190,21 @@ def test_results_of_another_kernel_do_not_count(folder: Path) -> None:
     outcome, _ = validate(lab, folder)
     assert outcome.verdict is Verdict.INCONCLUSIVE
     assert f"1 results are of {OWN}, not of {NEW}" in outcome.line
+
+
+def test_results_of_suites_that_note_no_kernel_are_those_of_the_verified_one(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    original = lab.run_suites
+
+    def run_suites(base: Results, name: str, collected: list[Results], *rest: object) -> list[str]:
+        problems = original(base, name, collected, *rest)  # type: ignore[arg-type]
+        bare = tuple(replace(one, provenance={"host": "vm"}) for one in collected[-1].results)
+        collected[-1] = Results(bare)
+        return problems
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder)
+    assert [dict(one.provenance) for one in outcome.results.results] == [{"kernel": NEW, "host": "vm"}]
 
 
 def test_a_program_that_fails_is_told_and_everything_before_it_is_undone(folder: Path) -> None:
