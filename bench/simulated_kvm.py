@@ -43,7 +43,7 @@ def check_extension(sim: SimHost, real: Kernel) -> Iterator[Figure]:
 
 def tdvmcall_round_trip(sim: SimHost, real: Kernel) -> Iterator[Figure]:
     """From user space into the TD, one TDVMCALL port write, and back; against a real VM's port write."""
-    rounds = 4000
+    rounds, batches = 400, 70
     with TrustDomain(sim.kernel, MAINLINE) as td, OrdinaryVm(real) as vm:
         td.launch(load("tdvmcall_ping_pong").with_parameters((1 << 40).to_bytes(8, "little")))
         vcpu = td.vcpus[0]
@@ -51,7 +51,7 @@ def tdvmcall_round_trip(sim: SimHost, real: Kernel) -> Iterator[Figure]:
         peer = vm.create_vcpu()
         vm.start_real_mode(peer, _OUT_FOREVER)
         assert vcpu.run() == KvmExit.KVM_EXIT_IO == peer.run()
-        a, b = compare(vcpu.run, peer.run, rounds)
+        a, b = compare(vcpu.run, peer.run, rounds, batches=batches)
     for target in (3.0, 1.5):
         yield Figure(
             "TDVMCALL round trip to user code", duration(a), f"{duration(b)} real port-I/O exit", a / b, target, "<="
