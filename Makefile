@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 SUITES ?=
 N      ?= 100000
+LAB    ?= tests/lab
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-lab lint bench ioctls payloads uapi-headers tdx-kernel clean
@@ -31,10 +32,10 @@ test: $(STAMP) lint ## The whole gate: lint, then every test
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not lab" tests
 	$(BIN)/tdxhw run --on sim
 
-test-lab: $(STAMP) tdx-kernel .cache/uapi-headers/provenance.txt ## The lab: real sshds, Ansible, a browser, an emulated VM (root; minutes)
+test-lab: $(STAMP) tdx-kernel .cache/uapi-headers/provenance.txt ## The lab: sshds, Ansible, BMCs, kernels in emulated VMs (root; LAB=tests/lab/test_power.py for a part)
 	sh tools/lab_packages.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt labgrid
-	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab -o faulthandler_timeout=0 --durations=10 tests/lab
+	TDXHW_LAB_TESTS=required $(BIN)/pytest -m lab -o faulthandler_timeout=0 --durations=10 $(LAB)
 
 ioctls: $(STAMP) ## Random ioctls on simulated TDs, with every invariant checked (N=100000: two minutes)
 	TDXHW_IOCTLS=$(N) $(BIN)/pytest -q -s -o faulthandler_timeout=0 tests/properties/test_ioctl_sequences.py
