@@ -15,6 +15,7 @@ from tdxhw.guest.payload import Payload
 IMAGE_HPA = 0x10000
 PAGE_GPA, PAGE_HPA = 0x10_0000, 0x30000
 INVALID_OPERAND = 1 << 63
+_TICKS = 10
 
 
 class TinyTd:
@@ -59,10 +60,17 @@ class TinyTd:
         return True
 
     def run(self) -> VmExit:
-        """Run until an exit that no TDCALL of this class answers, or the last HLT."""
+        """Run until an exit that no TDCALL of this class answers, or the last HLT.
+
+        The ticker interrupts any run; only a guest that outlasts several ticks is one that goes on for ever.
+        """
         cpu, gprs = self.cpu, self.cpu.gprs
+        ticks = 0
         while True:
             exit_ = cpu.run()
+            if exit_.reason == ExitReason.EXTERNAL_INTERRUPT and ticks < _TICKS:
+                ticks += 1
+                continue
             if exit_.reason == ExitReason.CR_ACCESS:
                 state = cpu.get_state()
                 value = gprs[exit_.qualification >> 8 & 15]
