@@ -30,6 +30,7 @@ _BOOT_ID: Final = "cat /proc/sys/kernel/random/boot_id"
 _LAST_WORDS: Final = (  # of the kernel that went down, where the host keeps them
     "cat /sys/fs/pstore/dmesg-* 2>/dev/null | tail -n 40 || :; journalctl -k -b -1 -n 40 --no-pager 2>/dev/null || :"
 )
+REBOOTED: Final = "the host rebooted during this test"
 _RUNS: Final = 5  # a host that loses its connection more often is lost
 
 
@@ -204,7 +205,7 @@ class HostRun:
                     self._take(line, seen)
         if now_id != boot_id and self._running is not None:
             self.on_note(f"{self.host.name}: rebooted during {self._running['nodeid']}; it is not tried again")
-            self._fail(self._running, "the host rebooted during this test", session.run(_LAST_WORDS).stdout)
+            self._fail(self._running, REBOOTED, session.run(_LAST_WORDS).stdout)
         return now_id
 
     def _wait_for_the_end(self, session: Session, log: str) -> None:

@@ -48,6 +48,7 @@ class WayBack:
         self._build_id = build_id
         self._boot_limit_s = boot_limit_s
         self._open_power = power
+        self.power_was_off = False  # under a test: no kernel does that
 
     def is_base(self, boot: Boot) -> bool:
         """Whether a boot is one of the host's own kernel."""
@@ -101,6 +102,7 @@ class WayBack:
         except HarnessError as error:
             self._course.note(str(error))
             return False
+        self.power_was_off |= how == SWITCHED_ON
         self._course.move(Event.POWER, f"{how} ({power.name})")
         return True
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdxhw.report.results import Results, Status
+from tdxhw.lab.host_run import REBOOTED
+from tdxhw.report.results import Result, Results, Status
 from tdxhw.validate.machine import FOLDER
-from tdxhw.validate.outcome import Outcome
+from tdxhw.validate.outcome import Outcome, Tried
 from tdxhw.validate.recovery import recover
 from tdxhw.validate.states import State
-from tdxhw.validate.validation import Validation
+from tdxhw.validate.validation import Validation, _blame_the_power
 from tdxhw.validate.verdict import Verdict
 from tests.unit.validate.simulated_debian import MEMORY, OWN
 from tests.unit.validate.simulated_lab import NEW, Fault, Kernel, SimulatedLab, plan_for
@@ -205,6 +206,14 @@ def test_results_of_suites_that_note_no_kernel_are_those_of_the_verified_one(fol
     lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
     outcome, _ = validate(lab, folder)
     assert [dict(one.provenance) for one in outcome.results.results] == [{"kernel": NEW, "host": "vm"}]
+
+
+def test_a_test_under_which_the_power_went_is_lost_and_has_not_failed() -> None:
+    failed = Result("s", "t", "vm", Status.FAIL, message=REBOOTED)
+    other = Result("s", "u", "vm", Status.FAIL, message="assert 1 == 2")
+    tried = Tried({}, results=[Results((failed, other))])
+    _blame_the_power(tried)
+    assert [one.status for one in tried.results[0].results] == [Status.MISS, Status.FAIL]
 
 
 def test_a_program_that_fails_is_told_and_everything_before_it_is_undone(folder: Path) -> None:
