@@ -168,9 +168,10 @@ class Session:
         stopping = False
         try:
             while True:
+                has_ended = _has_ended(channel)
                 busy = lines.take(channel.recv, ready=channel.recv_ready())
                 busy |= console.take(channel.recv_stderr, ready=channel.recv_stderr_ready())
-                if channel.exit_status_ready() and not busy and channel.eof_received:
+                if has_ended and not busy:
                     break
                 now = time.monotonic()
                 if now > deadline or not self._is_active():
@@ -244,14 +245,14 @@ class Session:
     def _collect(self, channel: paramiko.Channel, deadline: float) -> Completed:
         stdout, stderr = bytearray(), bytearray()
         while True:
-            busy = False
+            has_ended, busy = _has_ended(channel), False
             if channel.recv_ready():
                 stdout += channel.recv(65536)
                 busy = True
             if channel.recv_stderr_ready():
                 stderr += channel.recv_stderr(65536)
                 busy = True
-            if channel.exit_status_ready() and not busy and channel.eof_received:
+            if has_ended and not busy:
                 break
             if time.monotonic() > deadline or not self._is_active():
                 raise self._lost(None)
@@ -264,6 +265,11 @@ class Session:
     def _lost(self, error: BaseException | None) -> ConnectionLost:
         why = f" ({_reason(error)})" if error is not None and str(error) else ""
         return ConnectionLost(f"{self.host.name}: the connection is lost{why}")
+
+
+def _has_ended(channel: paramiko.Channel) -> bool:
+    """Whether nothing more will arrive. To be asked before what arrived is taken, else the last of it is missed."""
+    return bool(channel.exit_status_ready() and channel.eof_received)
 
 
 class _Lines:
