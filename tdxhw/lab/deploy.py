@@ -40,12 +40,14 @@ def deploy(session: Session, archive: Archive) -> Deployed:
     cache = session.check('echo "${XDG_CACHE_HOME:-$HOME/.cache}/tdxhw"').strip()
     folder = f"{cache}/app/{archive.digest}"
     quoted = shlex.quote(folder)
-    if session.run(f"touch {quoted}/.complete").exit_code == 0:
+    if session.run(f"test -e {quoted}/.complete && touch {quoted}").exit_code == 0:
         return Deployed(python, folder, cache, was_sent=False)
-    # Unpacked beside its place and then moved: who else sends the same at the same time does no harm.
+    # Unpacked beside its place and then moved: who else sends the same at the same time does no harm. It is on the disk
+    # before it is in its place: a host that crashes soon after, as kernels on trial do, would keep empty files.
     unpack = (
         f"set -e; mkdir -p {shlex.quote(cache)}/app; t=$(mktemp -d {quoted}.XXXXXX); trap 'rm -rf $t' EXIT; "
-        f"tar -xzf - -C $t; touch $t/.complete; mv -T $t {quoted} 2>/dev/null || test -e {quoted}/.complete; "
+        "tar -xzf - -C $t; touch $t/.complete; sync -f $t; "
+        f"mv -T $t {quoted} 2>/dev/null || test -e {quoted}/.complete; "
         f"find {shlex.quote(cache)}/app {shlex.quote(cache)}/runs -mindepth 1 -maxdepth 1 -mtime +{_KEEP_DAYS} "
         "-exec rm -rf {} + 2>/dev/null || :"
     )
