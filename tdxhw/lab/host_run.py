@@ -1,7 +1,8 @@
 """One run on one lab host: lease, deploy, run there, stream results; go on after a lost connection.
 
 Results that arrived are never lost and their tests never run twice. A test during which the host rebooted has failed
-and is not tried again: it would take the host down again.
+and is not tried again: it would take the host down again. One during which the host lost its power is tried again, as
+after a lost connection; if the power goes a second time, it is the test that does it.
 """
 
 import json
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ _LAST_WORDS: Final = (  # of the kernel that went down, where the host keeps the
     "cat /sys/fs/pstore/dmesg-* 2>/dev/null | tail -n 40 || :; journalctl -k -b -1 -n 40 --no-pager 2>/dev/null || :"
 )
 REBOOTED: Final = "the host rebooted during this test"
+POWER_WENT_AGAIN: Final = "the host's power went off during this test, a second time"
 _RUNS: Final = 5  # a host that loses its connection more often is lost
 
 
@@ -53,6 +56,14 @@ class Wish:
         return replace(self, left_out=files)
 
 
+class Rescue(Enum):
+    """What it took to have a host back that did not answer."""
+
+    NOTHING = "nothing was done"
+    RESET = "reset: it hung"
+    SWITCHED_ON = "switched on: its power was off"
+
+
 @dataclass(slots=True)
 class HostRun:
     """The run on one host, and what came of it."""
@@ -70,13 +81,15 @@ class HostRun:
     held: Lease | LabgridPlace | None = None  # a lease of the caller's, who gives the host back
     after_reboot: Callable[[Session], Session] | None = None
     """What has to happen before the run goes on after a reboot; returns the connection to go on with."""
-    rescue: Callable[[float], bool] = lambda _waited_s: False
-    """Asked again and again while the host does not answer, since `waited_s` [s]; tells whether it did something."""
+    rescue: Callable[[float], Rescue] = lambda _waited_s: Rescue.NOTHING
+    """Asked again and again while the host does not answer, since `waited_s` [s]; tells what it did."""
     problem: str = ""  # why the host could not do its work, in one line
     exit_code: int | None = None
     _done: dict[str, None] = field(default_factory=dict)  # node ids whose tear-down arrived, in order
     _running: dict[str, Any] | None = None  # the last report of a test whose tear-down is still to come
     _ended: bool = False
+    _was_off: bool = False  # its power, since the connection was lost
+    _cut_off: set[str] = field(default_factory=set)  # node ids of tests under which the power went once
 
     def run(self) -> None:
         """Do everything. Never raises: `problem` says what went wrong."""
@@ -112,7 +125,9 @@ class HostRun:
             try:
                 return self._connect()
             except LabUnreachable:
-                if self.rescue(time.monotonic() - since):
+                done = self.rescue(time.monotonic() - since)
+                if done is not Rescue.NOTHING:
+                    self._was_off |= done is Rescue.SWITCHED_ON
                     until = time.monotonic() + RECONNECT_S
                 if time.monotonic() > until:
                     raise LabUnreachable(f"{why}, and it did not come back within {RECONNECT_S:g} s") from why
@@ -187,7 +202,8 @@ class HostRun:
                 f"{self.host.name}: the run took longer than {self.host.limits.run_timeout_s} s and was ended"
             )
         elif not self._ended:
-            said = next((line.strip() for line in reversed(console) if line.strip()), f"exit code {self.exit_code}")
+            silence = f"tdxhw ended there with {self.exit_code}, without a word and without results"
+            said = next((line.strip() for line in reversed(console) if line.strip()), silence)
             self.problem = f"{self.host.name}: {said.removeprefix('tdxhw: ')}"
         elif self.exit_code not in (0, 1):
             said = next((line.strip() for line in reversed(console) if line.strip()), "")
@@ -204,9 +220,20 @@ class HostRun:
                 for line in whole.splitlines():
                     self._take(line, seen)
         if now_id != boot_id and self._running is not None:
-            self.on_note(f"{self.host.name}: rebooted during {self._running['nodeid']}; it is not tried again")
-            self._fail(self._running, REBOOTED, session.run(_LAST_WORDS).stdout)
+            self._blame(session, self._running)
+        self._was_off = False
         return now_id
+
+    def _blame(self, session: Session, test: dict[str, Any]) -> None:
+        """Say what the test has to do with it that the host went down."""
+        nodeid = str(test["nodeid"])
+        if self._was_off and nodeid not in self._cut_off:
+            self.on_note(f"{self.host.name}: lost its power during {nodeid}, which is tried again")
+            self._cut_off.add(nodeid)
+            self._running = None
+            return
+        self.on_note(f"{self.host.name}: rebooted during {nodeid}; it is not tried again")
+        self._fail(test, POWER_WENT_AGAIN if self._was_off else REBOOTED, session.run(_LAST_WORDS).stdout)
 
     def _wait_for_the_end(self, session: Session, log: str) -> None:
         """Wait until the supervisor of the lost connection has ended the run: two must not use /dev/kvm at once."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import Session
 from tdxhw.lab.fleet import run_all
-from tdxhw.lab.host_run import HostRun, Wish
+from tdxhw.lab.host_run import HostRun, Rescue, Wish
 from tdxhw.lab.hosts import Host
 from tdxhw.lab.labgrid_place import LabgridPlace
 from tdxhw.lab.lease import Lease
@@ -35,7 +35,7 @@ class Suites:
     say: Callable[[str], None]
     after_reboot: Callable[[Session], Session]
     """Called when a test took the host down: has the kernel on trial up again before the rest runs."""
-    rescue: Callable[[float], bool]
+    rescue: Callable[[float], Rescue]
     problems: list[str] = field(default_factory=list)  # of the last `run`
     _runs: int = 0
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import Session
 from tdxhw.lab.console import Capture, open_console
-from tdxhw.lab.host_run import Wish
+from tdxhw.lab.host_run import Rescue, Wish
 from tdxhw.lab.hosts import Host
 from tdxhw.lab.labgrid_place import LabgridPlace
 from tdxhw.lab.lease import TTL_S, Lease
@@ -61,7 +61,7 @@ class Surroundings(Protocol):
         name: str,
         collected: list[Results],
         up_again: Callable[[], None],
-        rescue: Callable[[float], bool],
+        rescue: Callable[[float], Rescue],
     ) -> list[str]:
         """Run the suites; return what infrastructure failed.
 
@@ -119,7 +119,7 @@ class LabSurroundings:
         name: str,
         collected: list[Results],
         up_again: Callable[[], None],
-        rescue: Callable[[float], bool],
+        rescue: Callable[[float], Rescue],
     ) -> list[str]:
         """Run them over SSH, as `tdxhw run --on lab:NAME` does."""
         assert self.archive is not None

@@ -13,9 +13,8 @@ from tdxhw.lab.console import Capture
 from tdxhw.lab.console.findings import scan, tie
 from tdxhw.lab.console.lines import ConsoleLine
 from tdxhw.lab.errors import LabUnreachable
-from tdxhw.lab.host_run import REBOOTED
 from tdxhw.lab.lease import who_am_i
-from tdxhw.report.results import Results, Status
+from tdxhw.report.results import Results
 from tdxhw.validate import matrix
 from tdxhw.validate.boot_once import BootFailure, Trial
 from tdxhw.validate.candidate import Candidate
@@ -166,8 +165,6 @@ class Validation:
                     )  # fmt: skip
                 finally:
                     self._see_which_kernel(tried)
-                    if trial.way_back.power_was_off:
-                        _blame_the_power(tried)
         finally:
             results = [result for part in tried.results for result in part.results]
             tried.findings = tie(scan(self._said()[said_before:]), results, host_ahead_s=ahead_s)
@@ -227,15 +224,3 @@ class Validation:
                 f"{name} {self._course.state.value}; `tdxhw validate --lab {name} --recover` removes what is left on it"
             )
             self.outcome.problems.append(left)
-
-
-def _blame_the_power(tried: Tried) -> None:
-    """Make the test under which the host lost its power one that infrastructure lost, not one that failed."""
-    for number, results in enumerate(tried.results):
-        told = tuple(
-            replace(one, status=Status.MISS, message=f"{REBOOTED}: its power was off")
-            if one.message == REBOOTED
-            else one
-            for one in results.results
-        )
-        tried.results[number] = Results(told, results.sources, results.notes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from tdxhw.errors import HarnessError
 from tdxhw.lab.errors import LabUnreachable
+from tdxhw.lab.host_run import Rescue
 from tdxhw.validate.course import Course
 from tdxhw.validate.errors import Stranded
 from tdxhw.validate.host_state import Difference, differences
@@ -48,7 +49,6 @@ class WayBack:
         self._build_id = build_id
         self._boot_limit_s = boot_limit_s
         self._open_power = power
-        self.power_was_off = False  # under a test: no kernel does that
 
     def is_base(self, boot: Boot) -> bool:
         """Whether a boot is one of the host's own kernel."""
@@ -86,25 +86,24 @@ class WayBack:
             self._course.move(Event.NO_ANSWER, f"no answer {self._boot_limit_s:g} s after {how}")
         raise self._stranded(f"{power.name} does not bring it back")
 
-    def press_if_lost(self, waited_s: float) -> bool:
+    def press_if_lost(self, waited_s: float) -> Rescue:
         """Bring back a host that went down under a test: at once if its power is off, else after the boot limit.
 
-        Return whether something was done. To be asked again and again while it does not answer, since `waited_s` [s].
+        Return what was done. To be asked again and again while it does not answer, since `waited_s` [s].
         """
         power = self._power() if self._course.state is State.CANDIDATE and waited_s > _ANSWER_S else None
         if power is None:
-            return False
+            return Rescue.NOTHING
         try:
             if power.is_on() and waited_s < self._boot_limit_s:
-                return False
+                return Rescue.NOTHING
             self._course.move(Event.NO_ANSWER, "does not answer any more")
             how = self._press(power, "reset")
         except HarnessError as error:
             self._course.note(str(error))
-            return False
-        self.power_was_off |= how == SWITCHED_ON
+            return Rescue.NOTHING
         self._course.move(Event.POWER, f"{how} ({power.name})")
-        return True
+        return Rescue.SWITCHED_ON if how == SWITCHED_ON else Rescue.RESET
 
     def _power(self) -> "Power | None":
         try:

@@ -16,6 +16,7 @@ from tdxhw.lab.connection import Completed
 from tdxhw.lab.console import Capture
 from tdxhw.lab.console.lines import ConsoleLine
 from tdxhw.lab.errors import ConnectionLost, LabUnreachable, PowerFailed, RemoteFailed
+from tdxhw.lab.host_run import Rescue
 from tdxhw.report.results import Result, Results, Status
 from tdxhw.validate import grub_menu
 from tdxhw.validate.candidate import Candidate, Package
@@ -141,6 +142,10 @@ class SimulatedLab:
         self._up_at = None
         self._reboots_at = self.clock.now() + 20 if comes_back else None
 
+    def hang(self) -> None:
+        """Answer no more."""
+        self._up_at = None
+
     @property
     def is_up(self) -> bool:
         """Whether it can be reached now."""
@@ -175,7 +180,7 @@ class SimulatedLab:
         name: str,
         collected: list[Results],
         up_again: Callable[[], None],
-        rescue: Callable[[float], bool],
+        rescue: Callable[[float], Rescue],
     ) -> list[str]:
         self.happens()
         results = []

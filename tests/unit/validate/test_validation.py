@@ -1,22 +1,23 @@
 """`tdxhw validate` from one end to the other on a simulated host, with everything that can go wrong."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdxhw.lab.host_run import REBOOTED
-from tdxhw.report.results import Result, Results, Status
+from tdxhw.lab.host_run import Rescue
+from tdxhw.report.results import Results, Status
 from tdxhw.validate.machine import FOLDER
-from tdxhw.validate.outcome import Outcome, Tried
+from tdxhw.validate.outcome import Outcome
 from tdxhw.validate.recovery import recover
 from tdxhw.validate.states import State
-from tdxhw.validate.validation import Validation, _blame_the_power
+from tdxhw.validate.validation import Validation
 from tdxhw.validate.verdict import Verdict
 from tests.unit.validate.simulated_debian import MEMORY, OWN
 from tests.unit.validate.simulated_lab import NEW, Fault, Kernel, SimulatedLab, plan_for
@@ -208,12 +209,35 @@ def test_results_of_suites_that_note_no_kernel_are_those_of_the_verified_one(fol
     assert [dict(one.provenance) for one in outcome.results.results] == [{"kernel": NEW, "host": "vm"}]
 
 
-def test_a_test_under_which_the_power_went_is_lost_and_has_not_failed() -> None:
-    failed = Result("s", "t", "vm", Status.FAIL, message=REBOOTED)
-    other = Result("s", "u", "vm", Status.FAIL, message="assert 1 == 2")
-    tried = Tried({}, results=[Results((failed, other))])
-    _blame_the_power(tried)
-    assert [one.status for one in tried.results[0].results] == [Status.MISS, Status.FAIL]
+def test_a_host_whose_power_went_under_a_test_is_switched_on_at_once_one_that_hangs_is_reset_after_the_limit(
+    folder: Path,
+) -> None:
+    lab = SimulatedLab(folder / "host")
+    original = lab.run_suites
+    done: list[Rescue] = []
+
+    def run_suites(
+        base: Results,
+        name: str,
+        collected: list[Results],
+        up_again: Callable[[], None],
+        rescue: Callable[[float], Rescue],
+    ) -> list[str]:
+        losses: list[Callable[[], None]] = [partial(lab.lose_power, comes_back=False), lab.hang]
+        for lose in losses:
+            lose()
+            done.extend(rescue(waited_s) for waited_s in (5.0, 31.0))
+            if not lab.is_on or done[-1] is Rescue.NOTHING:
+                done.append(rescue(plan_for(folder).boot_limit_s))
+            lab.clock.sleep(60)
+            up_again()
+        return original(base, name, collected, up_again, rescue)
+
+    lab.run_suites = run_suites  # type: ignore[method-assign]
+    outcome, _ = validate(lab, folder)
+    assert done == [Rescue.NOTHING, Rescue.SWITCHED_ON, Rescue.NOTHING, Rescue.NOTHING, Rescue.RESET]
+    assert lab.presses == ["on", "reset"]
+    assert (outcome.verdict, outcome.state) == (Verdict.GOOD, State.RESTORED)
 
 
 def test_a_program_that_fails_is_told_and_everything_before_it_is_undone(folder: Path) -> None:
