@@ -270,7 +270,7 @@ class LocalApic:
     def accepts_extint(self) -> bool:
         """Tell whether LVT0 lets the 8259 pair, or KVM_INTERRUPT with a split irqchip, through."""
         entry = self.regs[LVT0]
-        return not self.base & APIC_BASE_ENABLE or (not entry & LVT_MASKED and entry >> 8 & 7 == MODE_EXTINT)
+        return not self.hw_enabled or (not entry & LVT_MASKED and entry >> 8 & 7 == MODE_EXTINT)
 
     # ---- registers --------------------------------------------------------------------------------------
 

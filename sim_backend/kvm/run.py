@@ -21,7 +21,6 @@ from sim_backend.kvm.kvm_run_page import (
     REQUEST_INTERRUPT_WINDOW,
     UNION,
 )
-from sim_backend.kvm.lapic import TASKPRI
 from sim_backend.kvm.signals import SIGNALS, RunMask
 from sim_backend.kvm.sync_regs import load_sync_regs, store_sync_regs
 from sim_backend.kvm.vcpu import MpState
@@ -231,7 +230,7 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
     def post() -> None:
         """Fill the header's outputs (post_kvm_run_save)."""
         apic = vcpu.apic
-        u64[CR8] = vcpu.cr8 if apic is None else apic.regs[TASKPRI] >> 4
+        u64[CR8] = vcpu.get_cr8()
         u64[APIC_BASE] = vcpu.apic_base
         if is_protected:
             u8[IF_FLAG] = 0
