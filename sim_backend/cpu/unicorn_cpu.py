@@ -1,6 +1,5 @@
 """One virtual CPU on Unicorn: the run loop, the hooks, and the architectural state."""
 
-import ctypes
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu import events
@@ -10,13 +9,13 @@ from sim_backend.cpu.engine import CpuState, ExitReason, MsrPolicy, SecondLevel,
 from sim_backend.cpu.errors import EngineError, UnsupportedInstruction
 from sim_backend.cpu.events import Event
 from sim_backend.cpu.fpu_state import RESET_IMAGE, load_fpu, save_fpu
+from sim_backend.cpu.guest_memory import GuestMemory
 from sim_backend.cpu.msr_access import MIRRORED, read_msr, store_mirror
-from sim_backend.cpu.paging import CR0_PG, EFER_LMA, FETCH, READ, WRITE, EptViolation, PageFault, Paging
+from sim_backend.cpu.paging import CR0_PG, EFER_LMA, EptViolation, PageFault
 from sim_backend.cpu.ticker import TICKER
 from sim_backend.cpu.unicorn_exits import HANDLERS, syscall, undo_port_io
 from sim_backend.cpu.unicorn_instance import UnicornInstance
 from sim_backend.cpu.unicorn_state import load_segments, save_segments, translation_flags
-from sim_backend.cpu.user_pages import UserPages, page_is_usable
 from sim_backend.cpu.virtual_apic import NO_VECTOR, VirtualApic
 from sim_backend.hw.gprs import Gprs, new_gprs
 
@@ -33,7 +32,6 @@ _Q_CR3: Final = _Q_CR + 3
 _Q_CS_BASE: Final = (u.ENV_SEGS + 24 + 8) >> 3
 _EFER_LME: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
-_RFLAGS_AC: Final = 1 << 18
 _VALID: Final = 1 << 31
 
 
@@ -68,12 +66,10 @@ class UnicornCpu:
         self._gpr_quads = instance.quads[:16]
         self._closed = False
         self._engine = engine
-        self._memory = engine.memory
-        self._ram_bytes = engine.memory.ram_bytes
+        self._memory = GuestMemory(engine, instance, _NoSecondLevel())
         self.gprs: Gprs = new_gprs()
         self.rip = 0
         self.exit: VmExit = VmExit()
-        self.second_level: SecondLevel = _NoSecondLevel()
         self.msr_policy: MsrPolicy = _EveryMsrExits()
         self.exception_bitmap = 0
         self.virtual_apic: VirtualApic | None = None
@@ -86,14 +82,7 @@ class UnicornCpu:
         self.io_rip = 0
         self.run_count = 0
         self.running = False
-        self._paging = Paging(engine.memory, self.second_level)
-        self._fault: PageFault | EptViolation | None = None
         self._error: BaseException | None = None
-        self._unmapped_window = -1
-        self._fetch_pages: dict[int, int] = {}  # linear page to HPA
-        self._code_pages: set[int] = set()  # HPAs of pages that may have translated code
-        self._user_pages = UserPages()
-        self._user_code: dict[int, tuple[int, bytes]] = {}  # HPA of a code page in a window to its address and bytes
         self._kicked = False
         self._stopped_to_look = False  # uc_emu_stop was called so that `virtual_apic` is looked at
         self._pending: Event | None = None
@@ -119,13 +108,8 @@ class UnicornCpu:
             instance = self.instance
             quads = self.quads
             apic = self.virtual_apic
-            if self._paging.second_level is not self.second_level:
-                self._adopt_second_level()
             u.GPRS.pack_into(instance.buffer, 0, *self.gprs)
-            if self._user_pages.pages:
-                self._revalidate_user_pages()
-            if self._user_code:
-                self._revalidate_user_code()
+            self._memory.revalidate()
             try:
                 while True:
                     if self._kicked:
@@ -166,13 +150,8 @@ class UnicornCpu:
         if self.syscall:
             self.syscall = False
             self.rip = self.io_rip
-        self._fault = None
-        self._unmapped_window = -1
+        self._memory.forget_fault()
         self.gprs[:] = self._gpr_quads.tolist()
-
-    def _adopt_second_level(self) -> None:
-        self._paging.second_level = self.second_level
-        self.invalidate()
 
     def leave(self, reason: int, qualification: int = 0, length: int = 0) -> VmExit:
         """Write the exit and make `gprs` valid."""
@@ -206,10 +185,9 @@ class UnicornCpu:
 
     def _after_stop(self, index: int) -> bool:
         """Sort out a stop without exception: a fault of ours, a stop request, a new window."""
-        fault, self._fault = self._fault, None
-        if self._unmapped_window >= 0:
-            self._map_window(self._unmapped_window)
-            self._unmapped_window = -1
+        memory = self._memory
+        fault, memory.fault = memory.fault, None
+        if memory.map_missing_window():
             return False
         if self.syscall:
             self.syscall = False
@@ -394,8 +372,7 @@ class UnicornCpu:
             store_mirror(self, offset, width, state.msrs.get(msr, 0))
         instance.hflags.value = translation_flags(raw, state.cr0, state.cr4, efer, quads[_Q_EFLAGS])
         if old != (state.cr0, state.cr3, state.cr4, efer):
-            self._paging.configure(state.cr0, state.cr3, state.cr4, efer)
-            self._flush_tlb()
+            self._memory.configure(state.cr0, state.cr3, state.cr4, efer)
 
     def in_64bit_mode(self) -> bool:
         """Tell whether EFER.LMA and CS.L are both set."""
@@ -408,93 +385,41 @@ class UnicornCpu:
 
     # ---- Memory ----
 
+    @property
+    def second_level(self) -> SecondLevel:
+        """The EPT. Another one forgets every translation; not while the guest runs."""
+        return self._memory.second_level
+
+    @second_level.setter
+    def second_level(self, second_level: SecondLevel) -> None:
+        self._memory.second_level = second_level
+
     def invalidate(self) -> None:
         """Forget every cached second-level translation (INVEPT). Not while the guest runs."""
-        paging = self._paging
-        if paging.ept:
-            paging.ept.clear()
-            self._flush_tlb()
-
-    def _flush_tlb(self) -> None:
-        self.instance.flush_tlb()
-        self._user_pages.clear()
+        self._memory.invalidate()
 
     def invalidate_code(self, hpa: int, length: int) -> None:
         """Forget code translated from these host pages: somebody else wrote there."""
-        pages = self._code_pages
-        if pages and any(page in pages for page in range(hpa & ~0xFFF, hpa + length, 4096)):
-            self._forget_code()
-
-    def _forget_code(self) -> None:
-        self.instance.flush_code()
-        self._code_pages.clear()
-        self._user_code.clear()
-        # A page whose code is forgotten must pass through the hook again to be noted again.
-        self._flush_tlb()
+        self._memory.invalidate_code(hpa, length)
 
     def read_linear(self, gla: int, length: int) -> bytes:
         """Read guest memory through both levels of paging, for diagnostics; raise ``LookupError``."""
-        if self._paging.second_level is not self.second_level:
-            self._adopt_second_level()
-        cr2 = self.quads[_Q_CR + 2]
-        try:
-            return self.read_supervisor(gla, length)
-        except (PageFault, EptViolation, OSError, IndexError) as error:
-            self.quads[_Q_CR + 2] = cr2
-            raise LookupError(f"linear address {gla:#x}: {error}") from error
+        return self._memory.read_linear(gla, length)
 
     def read_supervisor(self, gla: int, length: int) -> bytes:
         """Read as the CPU itself does; raise `PageFault` or `EptViolation`."""
-        parts = []
-        while length:
-            part = min(length, 0x1000 - (gla & 0xFFF))
-            parts.append(self._memory.read(self._translate(gla, READ), part))
-            gla += part
-            length -= part
-        return b"".join(parts)
+        return self._memory.read_supervisor(gla, length)
 
     def write_supervisor(self, gla: int, data: bytes) -> None:
         """Write as the CPU itself does, all or nothing; raise `PageFault` or `EptViolation`."""
-        first = 0x1000 - (gla & 0xFFF)
-        pieces = [(gla, data[:first])] + ([(gla + first, data[first:])] if len(data) > first else [])
-        targets = [(self._translate(address, WRITE), piece) for address, piece in pieces]
-        for hpa, piece in targets:
-            self._memory.write(hpa, piece)
-            self.invalidate_code(hpa, len(piece))
-
-    def _translate(self, gla: int, access: int) -> int:
-        """Translate a supervisor access; a #PF leaves its address in CR2."""
-        paging = self._paging
-        paging.cr3 = self.quads[_Q_CR3]
-        try:
-            hpa = paging.translate(gla, access, False, True) & ~0xFFF
-        except PageFault:
-            self.quads[_Q_CR + 2] = gla
-            raise
-        except EptViolation as violation:
-            if violation.qualification & 0x100:
-                violation.gpa = violation.gpa & ~0xFFF | gla & 0xFFF
-            raise
-        return hpa | (gla & 0xFFF)
+        self._memory.write_supervisor(gla, data)
 
     def code(self, length: int) -> bytes:
         """Return up to `length` bytes of the instruction at RIP: fewer where the next page is not there."""
         linear = self.quads[_Q_CS_BASE] + self.rip
         if linear > 0xFFFF_FFFF and not self.instance.hflags.value & u.HF_CS64:
             linear &= 0xFFFF_FFFF
-        offset = linear & 0xFFF
-        hpa = self._fetch_pages.get(linear - offset)
-        if hpa is None:
-            return b""
-        if offset + length <= 0x1000:
-            if hpa < self._ram_bytes:
-                return bytes(self._memory.b[hpa + offset : hpa + offset + length])
-            return self._memory.read(hpa + offset, length)
-        start = self._memory.read(hpa + offset, 0x1000 - offset)
-        following = self._fetch_pages.get(linear - offset + 0x1000)
-        if following is None:
-            return start
-        return start + self._memory.read(following, length - len(start))
+        return self._memory.code(linear, length)
 
     def instruction(self) -> Instruction | None:
         """Decode the instruction at RIP; None when its bytes are cut off or are no instruction."""
@@ -507,79 +432,20 @@ class UnicornCpu:
             return
         self._closed = True
         TICKER.forget(self)  # and with that, nobody stops it any more
-        self._paging.ept.clear()
-        self._code_pages.clear()
-        self._user_code.clear()
+        self._memory.close()
         self._engine.give_back(self.instance)
         self.quads = self.instance.quads
         self._gpr_quads = self.quads[:16]
-
-    # ---- Windows onto user memory ----
-
-    def _map_window(self, hpa: int) -> None:
-        self._engine.map_backing(self.instance, hpa)
-
-    def _revalidate_user_pages(self) -> None:
-        """Forget translations to user pages that are no longer there, before TCG touches them."""
-        if not self._user_pages.all_there():
-            self._flush_tlb()
-
-    def _revalidate_user_code(self) -> None:
-        """Forget translated code when user space wrote to its page, as it may between two runs without telling."""
-        there = self._user_pages
-        for pointer, code in self._user_code.values():
-            if pointer not in there or ctypes.string_at(pointer, 0x1000) != code:
-                self._forget_code()
-                return
 
     # ---- Hooks: called from inside uc_emu_start; nothing may escape ----
 
     def on_tlb_fill(self, gla: int, kind: int, entry: int) -> bool:
         """Translate the page of `gla` through both levels of paging."""
         try:
-            access = FETCH if kind == u.UC_MEM_FETCH else WRITE if kind == u.UC_MEM_WRITE else READ
-            paging = self._paging
-            quads = self.quads
-            paging.cr3 = quads[_Q_CR3]
-            user = self.instance.hflags.value & 3 == 3
-            page = paging.translate(gla, access, user, bool(quads[_Q_EFLAGS] & _RFLAGS_AC))
-            hpa = page & ~0xFFF
-            if hpa >= self._ram_bytes:
-                if not self._window_ready(gla, hpa, access):
-                    return False
-                if access == READ:
-                    page &= ~WRITE  # the first write asks again, whether the user may write
-            if access == FETCH:
-                self._fetch_pages[gla] = hpa
-                self._code_pages.add(hpa)
-                if hpa >= self._ram_bytes and hpa not in self._user_code:
-                    pointer = self._engine.window_pointer(self.instance, hpa)
-                    if pointer is not None:
-                        self._user_code[hpa] = (pointer, ctypes.string_at(pointer, 0x1000))
-                permissions = page & (READ | FETCH)
-            else:
-                permissions = page & (READ | WRITE)
-            u.TLB_ENTRY.pack_into(u.TLB_ENTRY_BUFFER.from_address(entry), 0, hpa, permissions)
-        except (PageFault, EptViolation) as fault:
-            self._fault = fault
-            return False
+            return self._memory.fill_tlb(gla, kind, entry)
         except BaseException as error:  # noqa: BLE001 - re-raised by run()
             self._error = error
             return False
-        return True
-
-    def _window_ready(self, gla: int, hpa: int, access: int) -> bool:
-        """Tell whether TCG may touch the window page at `hpa`; a page that is gone is an EPT violation."""
-        pointer = self._engine.window_pointer(self.instance, hpa)
-        if pointer is None:
-            self._unmapped_window = hpa
-            return False
-        if not page_is_usable(pointer, access == WRITE):
-            self._paging.ept.clear()
-            gpa = self._paging.walk_linear(gla, READ, False, True) & ~0xFFF
-            raise EptViolation(gpa, access, 1 << 63, page_walk=False)
-        self._user_pages.add(pointer)
-        return True
 
     def on_new_block(self, block: int) -> None:
         """Refuse a block with an instruction that TCG would execute wrongly."""
@@ -591,15 +457,9 @@ class UnicornCpu:
             u.uc_emu_stop(self.instance.handle)
 
     def _check_block(self, pc: int, size: int) -> None:
-        offset = pc & 0xFFF
-        hpa = self._fetch_pages[pc - offset]
-        if offset + size <= 0x1000 and hpa < self._ram_bytes:
-            code = bytes(self._memory.b[hpa + offset : hpa + offset + size])
-        else:
-            inside = min(size, 0x1000 - offset)
-            code = self._memory.read(hpa + offset, inside)
-            if size > inside:
-                code += self._memory.read(self._fetch_pages[pc - offset + 0x1000], size - inside)
+        code = self._memory.code(pc, size)
+        if len(code) != size:
+            raise EngineError(f"a block at {pc:#x} was translated from a page that was never fetched")
         flags = self.instance.hflags.value
         found = find_misexecuted(code, long_mode=bool(flags & u.HF_CS64), default_32=bool(flags & u.HF_CS32))
         if found is not None:
