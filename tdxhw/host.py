@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 from uapi_ctypes.kernel import Kernel
 
 Provenance: TypeAlias = Mapping[str, str]
-"""backend, profile, dialect, kernel, tdx_module, cpu, microcode, tdxhw: in every result."""
+"""backend, profile, dialect, kernel, build_id, tdx_module, cpu, microcode, tdxhw: in every result."""
 
 
 class Host(Protocol):

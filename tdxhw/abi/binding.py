@@ -6,6 +6,7 @@ A field that C names differently, or only the binding has, is named here; everyt
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Final
 
 from tdxhw.abi.layout import Field, Layout, of_ctypes
@@ -180,6 +181,24 @@ KVM: Final[Mapping[str, tuple[Bound, ...]]] = {
 
 WITHOUT_TDX: Final = (Bound("kvm_run", kvm_run.KvmRun, _RUN_ALIASES, ours=("tdx", "tdx_v17"), also=_RUN_ALSO), *_BOTH)
 """The structures of a KVM that has no TDX at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundEnumeration:
+    """A kernel enumeration and the class that stands for it."""
+
+    name: str  # "kvm_tdx_cmd_id"
+    values: type[IntEnum]
+
+
+COMMANDS: Final[Mapping[str, BoundEnumeration]] = {
+    "mainline": BoundEnumeration("kvm_tdx_cmd_id", tdx_mainline.KvmTdxCmdId),
+    "v17": BoundEnumeration("kvm_tdx_cmd_id", tdx_v17.KvmTdxCmdIdV17),
+}
+"""The numbers of KVM_MEMORY_ENCRYPT_OP's sub-commands, by dialect: the only enumeration that the binding shares.
+
+Requests, capabilities, exit reasons and flags are macros of the kernel's headers; no type information has those.
+"""
 
 NOT_CHECKED: Final = {
     "kvm_sev_cmd": "of kvm-amd; the binding has it only to tell SEV's sub-commands from TDX's",

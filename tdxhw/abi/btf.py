@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tdxhw.abi.errors import AbiError
-from tdxhw.abi.layout import Field, Layout
+from tdxhw.abi.layout import Enumeration, Field, Layout
 
 _TIME_LIMIT_S: Final = 120
 _PLACES: Final = ("/usr/sbin", "/sbin")
@@ -29,17 +29,32 @@ class Types:
         self._types = types
         self._base = base
         self._by_name: dict[str, list[_Type]] = {}
+        self._enumerations: dict[str, list[_Type]] = {}
+        kinds = {"STRUCT": self._by_name, "UNION": self._by_name, "ENUM": self._enumerations}
         for one in types.values():
-            if one["kind"] in ("STRUCT", "UNION") and one["name"] != "(anon)":
-                self._by_name.setdefault(one["name"], []).append(one)
+            named = kinds.get(one["kind"])
+            if named is not None and one["name"] != "(anon)":
+                named.setdefault(one["name"], []).append(one)
 
     def layouts(self, name: str) -> list[Layout]:
         """Return every different layout that ``struct name`` has here, without those of the base; none if none."""
         found: list[Layout] = []
         for one in self._by_name.get(name, ()):
-            layout = Layout(one["size"], dict(self._members(one, "", 0)))
+            try:
+                layout = Layout(one["size"], dict(self._members(one, "", 0)))
+            except RecursionError:
+                raise AbiError(f"BTF is broken: struct {name} contains itself") from None
             if layout not in found:
                 found.append(layout)
+        return found
+
+    def enumerations(self, name: str) -> list[Enumeration]:
+        """Return every different ``enum name`` that is here, without those of the base; none if none."""
+        found: list[Enumeration] = []
+        for one in self._enumerations.get(name, ()):
+            made = Enumeration(one["size"], {value["name"]: value["val"] for value in one["values"]})
+            if made not in found:
+                found.append(made)
         return found
 
     def _get(self, number: int) -> _Type:
@@ -52,8 +67,8 @@ class Types:
 
     def _resolved(self, number: int) -> _Type:
         one = self._get(number)
-        while one["kind"] in _TRANSPARENT:
-            one = self._get(one["type_id"])
+        if one["kind"] in _TRANSPARENT:
+            return self._resolved(one["type_id"])
         return one
 
     def _size(self, one: _Type) -> int:
@@ -90,7 +105,9 @@ def read(file: Path, base: Path | None = None, base_types: Types | None = None) 
         raise AbiError("reading BTF needs bpftool: install your distribution's package bpftool (Ubuntu: linux-tools)")
     argv = [program, "--json", *(("--base-btf", str(base)) if base else ()), "btf", "dump", "file", str(file)]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIME_LIMIT_S, check=False)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT_S, check=False
+        )
     except subprocess.TimeoutExpired:
         raise AbiError(f"{file.name}: bpftool did not end within {_TIME_LIMIT_S} s") from None
     try:

@@ -83,8 +83,8 @@ def check(kernel: KernelFiles, source: str = "auto") -> Report:
     report.dialect = dialect_of(types)
     report.config_from = kernel.config_from
     config = kconfig.parse(kernel.config) if kernel.config else None
-    report.configuration = list(_configuration(config, report.dialect))
-    report.parameter = [_parameter(kernel, config)]
+    report.configuration = list(_configuration(config, report.dialect, kernel.release))
+    report.parameter = [_parameter(kernel, config, report.dialect)]
     if problem:
         report.layout = [Check(Status.UNKNOWN, "structures", problem)]
     else:
@@ -97,7 +97,7 @@ def check(kernel: KernelFiles, source: str = "auto") -> Report:
 # ---- configuration ----
 
 
-def _configuration(config: dict[str, str] | None, dialect: str | None) -> Iterator[Check]:
+def _configuration(config: dict[str, str] | None, dialect: str | None, release: str) -> Iterator[Check]:
     for option in kconfig.OPTIONS:
         if config is None:
             yield Check(Status.UNKNOWN, option.names[0], "no configuration among what was given, nor in the image")
@@ -111,17 +111,16 @@ def _configuration(config: dict[str, str] | None, dialect: str | None) -> Iterat
         elif name == "CONFIG_KVM_INTEL_TDX" and kconfig.has_tdx(config, dialect):
             yield Check(Status.OK, name, "not an option of v17, which has TDX with CONFIG_INTEL_TDX_HOST")
         else:
-            missing = [need for need in option.needs if config.get(need) not in ("y", "m")]
-            first = f", which needs {', '.join(f'{need}=y' for need in missing)}" if missing else ""
-            remedy = "" if option.selected else f"build with {name}=y{first}"
-            yield Check(Status.OFF, name, "not set", remedy)
+            yield Check(Status.OFF, name, "not set", kconfig.remedy(option, config, release))
 
 
 # ---- the parameter ----
 
 
-def _parameter(kernel: KernelFiles, config: dict[str, str] | None) -> Check:
+def _parameter(kernel: KernelFiles, config: dict[str, str] | None, dialect: str | None) -> Check:
     name = "kvm_intel.tdx"
+    if kernel.parameter == "N":
+        return Check(Status.NOTE, name, "N now: this kernel could, but does not", "`tdxhw doctor` says why")
     if kernel.parameter:
         return Check(Status.OK, name, f"{kernel.parameter} now")
     info = kernel.module_info.get("kvm-intel")
@@ -131,12 +130,17 @@ def _parameter(kernel: KernelFiles, config: dict[str, str] | None) -> Check:
     if info is None:
         if config is not None and config.get("CONFIG_KVM_INTEL", "n") == "n":
             return Check(Status.OFF, name, "there is no kvm_intel")
+        if config is not None and config.get("CONFIG_KVM_INTEL") == "y":
+            detail = "kvm_intel is built in, and no modules.builtin.modinfo is among what was given"
+            return Check(Status.UNKNOWN, name, detail, "give the package or the build tree")
         return Check(
             Status.UNKNOWN, name, "no kvm-intel.ko among what was given", "give the package of modules as well"
         )
     kind = info.parameters.get("tdx")
     if kind is None:
-        return Check(Status.OFF, name, f"{where} has no parameter tdx", "build with CONFIG_KVM_INTEL_TDX=y")
+        built_with = config is not None and kconfig.has_tdx(config, dialect)
+        remedy = f"{where} is of another build than this configuration: give both of one" if built_with else ""
+        return Check(Status.OFF, name, f"{where} has no parameter tdx", remedy)
     return Check(Status.OK, name, f"{kind} ({where})")
 
 
@@ -147,42 +151,54 @@ _NO_TYPES: Final = "no type information: neither BTF (CONFIG_DEBUG_INFO_BTF=y) n
 
 def _types(kernel: KernelFiles, source: str) -> tuple[list[Types], str, str]:
     """Return the kernel's types, KVM's modules first, where they are from, and why there are none."""
+    types: list[Types] = []
+    described: dict[str, str] = {}
     if source != "dwarf":
-        types, names = _from_btf(kernel)
-        if types:
-            return types, f"BTF of {', '.join(names)}", ""
+        types, described = _from_btf(kernel)
     if source != "btf":
-        types, names = _from_dwarf(kernel)
-        if types:
-            return types, f"DWARF of {', '.join(names)}", ""
+        # A kernel may have BTF without its modules having any (CONFIG_DEBUG_INFO_BTF_MODULES).
+        further, names = _from_dwarf(kernel, [part for part in _PARTS if part not in described])
+        types, described = further + types, described | names
+    if types:
+        told = [
+            f"{kind} of {', '.join(_file_name(part) for part, by in described.items() if by == kind)}"
+            for kind in dict.fromkeys(described.values())
+        ]
+        return types, ", ".join(told), ""
     if kernel.base is None and kernel.modules:
         return [], "", f"no kernel image of {kernel.release}: a module's BTF refers to the vmlinux it was built with"
     return [], "", {"btf": "no BTF (CONFIG_DEBUG_INFO_BTF)", "dwarf": "no DWARF"}.get(source, _NO_TYPES)
 
 
-def _from_btf(kernel: KernelFiles) -> tuple[list[Types], list[str]]:
+_PARTS: Final = ("vmlinux", *MODULES)
+
+
+def _file_name(part: str) -> str:
+    return part if part == "vmlinux" else f"{part}.ko"
+
+
+def _from_btf(kernel: KernelFiles) -> tuple[list[Types], dict[str, str]]:
     if kernel.base is None or not _has(kernel.base, ".BTF"):
-        return [], []
+        return [], {}
     base = btf.read(kernel.base)
-    types, names = [base], ["vmlinux"]
+    types, described = [base], {"vmlinux": "BTF"}
     for module in MODULES:
         path = kernel.modules.get(module)
         if path is not None and _has(path, ".BTF"):
             types.insert(0, btf.read(path, kernel.base, base))
-            names.append(f"{module}.ko")
-    return types, names
+            described[module] = "BTF"
+    return types, described
 
 
-def _from_dwarf(kernel: KernelFiles) -> tuple[list[Types], list[str]]:
-    types, names = [], []
-    for part in ("vmlinux", *MODULES):
-        file = "vmlinux" if part == "vmlinux" else f"{part}.ko"
+def _from_dwarf(kernel: KernelFiles, parts: Sequence[str]) -> tuple[list[Types], dict[str, str]]:
+    types, described = [], {}
+    for part in parts:
         for path in (kernel.debug.get(part), kernel.base if part == "vmlinux" else kernel.modules.get(part)):
             if path is not None and _has(path, ".debug_info"):
                 types.append(dwarf.read(path))
-                names.append(file)
+                described[part] = "DWARF"
                 break
-    return types, names
+    return types, described
 
 
 def _has(path: Path, section: str) -> bool:
@@ -197,6 +213,8 @@ def _layout(compared: Sequence[Compared], is_off: bool) -> Iterator[Check]:
     missing: list[str] = []
     for one in compared:
         match one.agreement:
+            case Agreement.AGREES if one.values:
+                yield Check(Status.OK, one.name, f"{one.values} numbers")
             case Agreement.AGREES if one.name.startswith("kvm_tdx_"):
                 yield Check(Status.OK, one.name, f"{one.size} bytes")
             case Agreement.AGREES:

@@ -8,6 +8,7 @@ import click
 
 from tdxhw.abi.check import Report, Verdict, check
 from tdxhw.abi.collect import collect
+from tdxhw.abi.errors import AbiError
 from tdxhw.abi.render import as_json as report_as_json
 from tdxhw.abi.render import console, show, summary
 
@@ -28,8 +29,14 @@ def abi(ctx: click.Context, kernels: tuple[str, ...], types: str, *, as_json: bo
 
     Exit code 0: every kernel can, and fits; 1: one cannot, or differs; 2: cannot tell, or not readable.
     """
-    with tempfile.TemporaryDirectory(prefix="tdxhw-abi-") as work:
-        reports = [check(kernel, types) for kernel in collect(kernels, Path(work))]
+    try:
+        with tempfile.TemporaryDirectory(prefix="tdxhw-abi-") as work:
+            reports = [check(kernel, types) for kernel in collect(kernels, Path(work))]
+    except OSError as error:  # a full disk, a folder that only root may look into
+        where = f"{error.filename}: " if error.filename else ""
+        raise AbiError(
+            f"{where}{error.strerror or error}{' (as root?)' if isinstance(error, PermissionError) else ''}"
+        ) from None
     if as_json:
         click.echo(json.dumps([report_as_json(report) for report in reports], indent=1))
     else:

@@ -30,6 +30,8 @@ _ROOT_GLOBS: Final = (
     "usr/lib/debug/{lib}/kernel/arch/x86/kvm/*.ko*",
 )
 _LIBS: Final = ("usr/lib/modules/*", "lib/modules/*")
+_CONFIGURATION: Final = re.compile(rb"#\n# Automatically generated file; DO NOT EDIT\.\n# Linux/")
+_RPM: Final = b"\xed\xab\xee\xdb"
 _MODULE_FILE: Final = re.compile(r"(?P<module>kvm|kvm[-_]intel)\.ko(\.\w+)?")
 
 
@@ -67,6 +69,8 @@ def collect(given: Sequence[str], work: Path) -> list[KernelFiles]:
             raise AbiError(f"{one}: no such file (a kernel is a .deb, a bzImage, a vmlinux, a folder, or '{RUNNING}')")
         if path.is_dir():
             _add_folder(collection, path)
+        elif not path.is_file():
+            raise AbiError(f"{one}: not a regular file: a pipe or a device cannot be read twice, give it as a file")
         elif _head(path).startswith(deb.MAGIC):
             found = False
             for place, inside, data in deb.kernel_parts(path):
@@ -74,12 +78,16 @@ def collect(given: Sequence[str], work: Path) -> list[KernelFiles]:
                 collection.kernel(place.release, path.name).add(place, data, f"{path.name}:{inside}")
             if not found:
                 without.append(one)
-        elif _MODULE_FILE.fullmatch(path.name):
+        elif _MODULE_FILE.fullmatch(path.name) or _CONFIGURATION.match(_head(path)):
             loose.append(path)
         else:
             _add_file(collection, path)
     for path in loose:
-        _add_loose_module(collection, path)
+        if _MODULE_FILE.fullmatch(path.name):
+            _add_loose_module(collection, path)
+    for path in loose:
+        if not _MODULE_FILE.fullmatch(path.name):
+            _add_loose_configuration(collection, path)
     if without and not collection.kernels:
         raise AbiError(_no_kernel_in(without))
     return list(collection.kernels.values())
@@ -103,16 +111,20 @@ def _head(path: Path) -> bytes:
 def _add_file(collection: Collection, path: Path) -> None:
     head = _head(path)
     if kind_of(head):
-        image = parse_image(decompress(path.read_bytes(), str(path)), str(path))
+        image = parse_image(decompress(_read(path), str(path)), str(path))
     elif is_bzimage(head) or head.startswith(elf.MAGIC):
         image = read_image(path)
+    elif head.startswith(_RPM):
+        raise AbiError(
+            f"{path}: an RPM package, which is not read here: unpack it (rpm2cpio … | cpio -id) and give the folder"
+        )
     else:
         raise AbiError(f"{path}: not a kernel: neither a Debian package, nor a bzImage, nor a vmlinux, nor a module")
     kernel = collection.kernel(image.release, path.name)
     kernel.add_image(image, path.name, has_debug=path.name.startswith("vmlinux"))
     for place, neighbour in _neighbours(path.resolve(), image.release):
         if place.role is not Role.IMAGE:
-            kernel.add(place, neighbour.read_bytes(), str(neighbour))
+            kernel.add(place, _read(neighbour), str(neighbour))
 
 
 def _neighbours(path: Path, release: str) -> Iterator[tuple[Place, Path]]:
@@ -185,3 +197,14 @@ def _add_loose_module(collection: Collection, path: Path) -> None:
         raise AbiError(f"{path}: a module that does not say for which kernel (no vermagic)")
     place = Place(Role.MODULE, release, named["module"].replace("_", "-"))
     collection.kernel(release, path.name).add(place, content, str(path))
+
+
+def _add_loose_configuration(collection: Collection, path: Path) -> None:
+    """Take a configuration that was given by itself: its name says whose it is, or there is one kernel only."""
+    named = collection.kernels.get(path.name.removeprefix("config-"))
+    kernels = [named] if named else list(collection.kernels.values())
+    if len(kernels) != 1:
+        several = ", ".join(kernel.release for kernel in kernels) or "none was given"
+        raise AbiError(f"{path}: a configuration, but of which kernel ({several})? Call it config-RELEASE")
+    kernels[0].add_configuration(_read(path).decode("utf-8", "replace"), path.name)
+    kernels[0].given.append(path.name)

@@ -3,6 +3,8 @@
 import bz2
 import gzip
 import lzma
+import shutil
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -17,7 +19,8 @@ MAGICS: Final = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
     b"\x5d\x00\x00": "lzma",
-    b"\x02\x21\x4c\x18": "lz4",
+    b"\x02\x21\x4c\x18": "lz4",  # its legacy format, which the kernel's build uses
+    b"\x04\x22\x4d\x18": "lz4",
     b"\x89LZO": "lzo",
 }
 _BROKEN: Final = (OSError, EOFError, lzma.LZMAError, zlib.error, ValueError)
@@ -47,10 +50,15 @@ def decompress(data: bytes, what: str) -> bytes:
                 return _whole(reader.decompress(data), reader.eof, what)
             case "zstd":
                 return _zstd(data, what)
+            case "lz4":
+                return _by_program(["lz4", "-dc"], data, what)
     except _BROKEN as error:
         raise AbiError(f"{what}: its {kind} data is broken: {error}") from None
     if kind:
-        raise AbiError(f"{what}: compressed with {kind}, which is not read here: unpack it first")
+        raise AbiError(
+            f"{what}: compressed with {kind}, which is not read here: unpack it first (scripts/extract-vmlinux of the "
+            "kernel's source does that with an image) and give the vmlinux"
+        )
     raise AbiError(f"{what}: not compressed in a way that is known here")
 
 
@@ -58,6 +66,17 @@ def _whole(data: bytes, complete: bool, what: str) -> bytes:
     if not complete:
         raise AbiError(f"{what}: cut short in the middle of its compressed data")
     return data
+
+
+def _by_program(argv: list[str], data: bytes, what: str) -> bytes:
+    program = shutil.which(argv[0])
+    if program is None:
+        raise AbiError(f"{what}: compressed with {argv[0]}: install your distribution's package {argv[0]}")
+    done = subprocess.run([program, *argv[1:]], input=data, capture_output=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise AbiError(f"{what}: its {argv[0]} data is broken: {said[-1]}")
+    return done.stdout
 
 
 def _zstd(data: bytes, what: str) -> bytes:

@@ -9,7 +9,10 @@ from typing import IO, Any, Final
 from tdxhw.abi.errors import AbiError
 
 MAGIC: Final = b"\x7fELF"
-_FAILS_IN: Final = (struct.error, ValueError, LookupError, TypeError, AssertionError, AttributeError, OverflowError)
+_FAILS_IN: Final = (
+    struct.error, ValueError, LookupError, TypeError, AssertionError, AttributeError, OverflowError, MemoryError,
+    OSError,
+)  # fmt: skip
 """What pyelftools runs into on broken files, beside its own errors."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tdxhw.abi.compression import decompress
+from tdxhw.abi.compression import decompress, kind_of
 from tdxhw.abi.elf import MAGIC, kernel_build_id
 from tdxhw.abi.errors import AbiError
 
@@ -19,7 +19,7 @@ _BOOT_FLAG: Final = struct.Struct("<H")  # at 0x1fe: 0xaa55
 _HEADER: Final = struct.Struct("<4sH")  # at 0x202: "HdrS", version of the boot protocol
 _PAYLOAD: Final = struct.Struct("<II")  # at 0x248, protocol 2.08 and later: offset and length of the compressed vmlinux
 _VERSION_POINTER: Final = 0x20E  # from 0x200
-_BANNER: Final = re.compile(rb"Linux version (\S+) ")
+_BANNER: Final = re.compile(rb"Linux version ([!-~]+) ")
 _CONFIG: Final = re.compile(rb"IKCFG_ST(\x1f\x8b.*?)IKCFG_ED", re.DOTALL)
 
 
@@ -85,7 +85,8 @@ def _payload(data: bytes, name: str) -> bytes:
     payload = data[start : start + length]
     if len(payload) != length:
         raise AbiError(f"{name}: cut short: {len(data)} bytes, its header says {start + length}")
-    return decompress(payload, name)
+    # The build appends the length. Only lz4 takes that for a further block and complains.
+    return decompress(payload[:-4] if kind_of(payload) == "lz4" else payload, name)
 
 
 def _configuration(vmlinux: bytes, name: str) -> str:

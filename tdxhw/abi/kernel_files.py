@@ -70,6 +70,7 @@ class KernelFiles:
     given: list[str] = field(default_factory=list)
     """What the user gave that this came from."""
     image: KernelImage | None = None
+    image_from: str = ""
     base: Path | None = None
     """The vmlinux, or the BTF of the running one: what split BTF refers to."""
     config: str = ""
@@ -90,7 +91,7 @@ class KernelFiles:
             case Role.IMAGE | Role.DEBUG_IMAGE:
                 self.add_image(parse_image(data, name), name, has_debug=place.role is Role.DEBUG_IMAGE)
             case Role.CONFIG:
-                self.config, self.config_from = data.decode("utf-8", "replace"), name
+                self.add_configuration(data.decode("utf-8", "replace"), name)
             case Role.BUILT_IN:
                 self.built_in = data
             case Role.MODULE | Role.DEBUG_MODULE:
@@ -100,16 +101,27 @@ class KernelFiles:
         """Take an image. Raise `AbiError` when it is of another release than its place or its package says."""
         if image.release != self.release:
             raise AbiError(f"{name}: it is Linux {image.release}, its place says {self.release}")
+        before = self.image
+        if before is not None and before.build_id and image.build_id and before.build_id != image.build_id:
+            raise AbiError(
+                f"{name}: another build of Linux {self.release} (build id {image.build_id}) than that from "
+                f"{self.image_from} (build id {before.build_id}): give one at a time"
+            )
         if self.image is None or not self.image.config:
-            self.image = image
+            self.image, self.image_from = image, name
         path = self.folder / ("vmlinux.debug" if has_debug else "vmlinux")
         path.write_bytes(image.vmlinux)
         if has_debug:
             self.debug["vmlinux"] = path
         if self.base is None or not has_debug:
             self.base = path
-        if image.config and not self.config:
+        if image.config:  # a file beside it may have been edited since
             self.config, self.config_from = image.config, f"inside {name}"
+
+    def add_configuration(self, text: str, name: str) -> None:
+        """Take a file of configuration, unless the image has its own: that is what it was built with."""
+        if self.image is None or not self.image.config:
+            self.config, self.config_from = text, name
 
     def add_module(self, module: str, data: bytes, name: str, *, has_debug: bool = False) -> None:
         """Take a module, decompressed or not. Raise `AbiError` when it is of another kernel."""

@@ -22,6 +22,14 @@ class Layout:
     fields: Mapping[str, Field]
 
 
+@dataclass(frozen=True, slots=True)
+class Enumeration:
+    """An enumeration: its size [bytes] and its values by name."""
+
+    size: int
+    values: Mapping[str, int]
+
+
 def of_ctypes(structure: type[Any]) -> Layout:
     """Return the layout of a ctypes structure or union."""
     return Layout(ctypes.sizeof(structure), dict(_members(structure, "", 0)))

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tdxhw.abi.check import Check, Report, Status, Verdict
-from tdxhw.abi.compare import Compared, Difference
+from tdxhw.abi.compare import Agreement, Compared, Difference
 from tdxhw.abi.layout import Field
 
 _COLOUR: Final = {
@@ -45,7 +45,7 @@ def summary(report: Report) -> str:
     who = f"{report.release} ({first}{f' and {len(others)} more' if others else ''})"
     match report.verdict:
         case Verdict.FITS:
-            agreeing = len(report.compared)
+            agreeing = sum(one.agreement is Agreement.AGREES and not one.values for one in report.compared)
             return f"{who}: can run TDs, dialect {report.dialect}; {agreeing} structures agree, by {report.types_from}"
         case Verdict.DOES_NOT:
             wrong = _of(report, Status.OFF, Status.DIFFERS)
@@ -110,5 +110,7 @@ def _difference(one: Difference) -> dict[str, Any]:
     return {"path": one.path, "kernel": _field(one.kernel), "binding": _field(one.binding), "text": str(one)}
 
 
-def _field(where: Field | None) -> dict[str, int] | None:
+def _field(where: Field | int | None) -> dict[str, int] | None:
+    if isinstance(where, int):
+        return {"value": where}
     return None if where is None else {"offset": where.offset, "size": where.size}

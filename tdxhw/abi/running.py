@@ -2,15 +2,11 @@
 
 import gzip
 import os
-import struct
 from pathlib import Path
-from typing import Final
 
 from tdxhw.abi.image import KernelImage
 from tdxhw.abi.kernel_files import MODULES, KernelFiles, Place, Role
-
-_NOTE: Final = struct.Struct("<III")  # length of name, length of contents, type
-_NT_GNU_BUILD_ID: Final = 3
+from tdxhw.abi.notes import build_id
 
 
 def running_kernel(folder: Path, root: Path = Path("/"), release: str = "") -> KernelFiles:
@@ -54,20 +50,3 @@ def _add_configuration(kernel: KernelFiles, root: Path, lib: Path | None) -> Non
         if path.exists():
             kernel.config, kernel.config_from = path.read_text(encoding="utf-8"), str(path)
             return
-
-
-def build_id(notes: Path) -> str:
-    """Return the GNU build id from a file of ELF notes (``/sys/kernel/notes``); nothing where there is none."""
-    try:
-        data = notes.read_bytes()
-    except OSError:
-        return ""
-    offset = 0
-    while offset + _NOTE.size <= len(data):
-        name_length, length, kind = _NOTE.unpack_from(data, offset)
-        name_at = offset + _NOTE.size
-        contents_at = name_at + (name_length + 3 & ~3)
-        if data[name_at : name_at + name_length] == b"GNU\0" and kind == _NT_GNU_BUILD_ID:
-            return data[contents_at : contents_at + length].hex()
-        offset = contents_at + (length + 3 & ~3)
-    return ""

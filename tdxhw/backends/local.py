@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tdxhw import __version__
+from tdxhw.abi.notes import build_id
 from tdxhw.errors import BackendUnavailable
 from tdxhw.host import Backend, Provenance
 from uapi_ctypes.dialect import Dialect, detect
@@ -18,6 +19,7 @@ from uapi_ctypes.kvm import KVM_API_VERSION
 from uapi_ctypes.linux import LinuxKernel
 
 DEV_KVM: Final = "/dev/kvm"
+_NOTES: Final = Path("/sys/kernel/notes")
 _TDX_MODULE_VERSION: Final = Path("/sys/devices/faux/tdx_host/version")
 """Where newer kernels publish the module's version (`drivers/virt/coco/tdx-host`)."""
 
@@ -63,6 +65,7 @@ class LocalHost:
             "backend": "local",
             "dialect": dialect.name if dialect else "none",
             "kernel": platform.release(),
+            "build_id": build_id(_NOTES) or "unknown",  # a kernel that is built again keeps its release
             "tdx_module": _tdx_module(dialect),
             "cpu": model,
             "microcode": microcode,

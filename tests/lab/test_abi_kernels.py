@@ -140,7 +140,7 @@ def test_build_id_is_the_one_that_readelf_shows(good: Kernel, capsys: pytest.Cap
 
 def test_the_recording_that_the_gate_compares_with_is_of_the_same_layouts(good: Kernel) -> None:
     from tdxhw.abi import btf
-    from tdxhw.abi.binding import KVM, TDX
+    from tdxhw.abi.binding import COMMANDS, KVM, TDX
     from tests.unit.abi.test_compare import PARTS, kernel_types
 
     base = btf.read(good.debug / "vmlinux")
@@ -149,6 +149,9 @@ def test_the_recording_that_the_gate_compares_with_is_of_the_same_layouts(good: 
     for bound in (*TDX["mainline"], *KVM["mainline"]):
         layouts = [[layout for part in types for layout in part.layouts(bound.name)] for types in (now, recorded)]
         assert layouts[0] == layouts[1], bound.name
+    commands = COMMANDS["mainline"].name
+    numbers = [[one for part in types for one in part.enumerations(commands)] for types in (now, recorded)]
+    assert numbers[0] == numbers[1] != []
 
 
 def test_the_running_kernel_can_be_asked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""Record what bpftool says of the structures that the binding shares with a real kernel, for the tests of the gate.
+"""Record what bpftool says of what the binding shares with a real kernel, for the tests of the gate.
 
 ``python -m tools.tdx_kernel.record_types`` reads the kernel ``good`` (``make tdx-kernel``) and writes
 ``tests/golden/abi/kernel-types.json.gz``: for vmlinux and each module, bpftool's answer, cut down to those structures
-and what they refer to.
+and enumerations and what they refer to.
 """
 
 import gzip
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from tdxhw.abi.binding import KVM, TDX
+from tdxhw.abi.binding import COMMANDS, KVM, TDX
 from tools.tdx_kernel.variants import built
 
 TARGET: Final = Path(__file__).parents[2] / "tests" / "golden" / "abi" / "kernel-types.json.gz"
@@ -46,10 +46,11 @@ def main() -> int:
         return 2
     every = {part: dump(kernel.debug, part) for part in PARTS}
     by_number = {part: {one["id"]: one for one in types} for part, types in every.items()}
-    names = {bound.name for group in (TDX, KVM) for bounds in group.values() for bound in bounds}
+    names = {("STRUCT", bound.name) for group in (TDX, KVM) for bounds in group.values() for bound in bounds}
+    names |= {("ENUM", bound.name) for bound in COMMANDS.values()}
     kept: dict[str, dict[int, dict[str, Any]]] = {part: {} for part in PARTS}
     for part in PARTS:
-        todo = [one["id"] for one in every[part] if one["kind"] == "STRUCT" and one["name"] in names]
+        todo = [one["id"] for one in every[part] if (one["kind"], one["name"]) in names]
         while todo:
             number = todo.pop()
             home = part if number in by_number[part] else "vmlinux"

@@ -1,13 +1,20 @@
 """``tdxhw abi`` as a user sees it, with a bpftool that answers for a real kernel."""
 
+import errno
 import json
 import lzma
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tdxhw.abi import kconfig
+from tdxhw.abi.binding import COMMANDS, TDX
+from tdxhw.abi.check import Status, check
+from tdxhw.abi.kernel_files import KernelFiles
 from tdxhw.cli import main
 from tests.unit.abi.samples import (
     CONFIG,
@@ -18,6 +25,7 @@ from tests.unit.abi.samples import (
     fake_bpftool,
     module,
     recorded,
+    types_of,
     vmlinux,
 )
 
@@ -78,6 +86,22 @@ def test_what_an_option_depends_on_is_said_too(abi: Abi) -> None:
     assert "build with CONFIG_INTEL_TDX_HOST=y, which needs CONFIG_X86_X2APIC=y" in said
 
 
+@pytest.mark.parametrize(("release", "needs"), [("6.17.9", True), ("6.18.0-rc1", False), ("7.2.13", False)])
+def test_an_older_kernel_needs_kexec_off(release: str, needs: bool) -> None:
+    (option,) = (one for one in kconfig.OPTIONS if one.names == ("CONFIG_INTEL_TDX_HOST",))
+    config = kconfig.parse(CONFIG.replace("CONFIG_INTEL_TDX_HOST=y", "CONFIG_KEXEC_CORE=y"))
+    told = "build with CONFIG_INTEL_TDX_HOST=y"
+    hint = ", which needs CONFIG_KEXEC_CORE=n (before Linux 6.18)"
+    assert kconfig.remedy(option, config, release) == (told + hint if needs else told)
+
+
+def test_a_kernel_from_before_tdx_is_not_told_to_set_what_it_has_not() -> None:
+    (option,) = (one for one in kconfig.OPTIONS if one.names == ("CONFIG_KVM_INTEL_TDX",))
+    assert kconfig.remedy(option, {}, "6.12.117+deb13").startswith("mainline has it since Linux 6.16: a newer kernel")
+    backported = kconfig.parse("# CONFIG_KVM_INTEL_TDX is not set\nCONFIG_INTEL_TDX_HOST=y\n")
+    assert kconfig.remedy(option, backported, "5.14.0-600.el9") == "build with CONFIG_KVM_INTEL_TDX=y"
+
+
 def test_the_older_names_of_options_count(abi: Abi) -> None:
     config = CONFIG.replace("KVM_GUEST_MEMFD", "KVM_PRIVATE_MEM").replace(
         "HAVE_KVM_ARCH_GMEM_POPULATE", "KVM_GENERIC_PRIVATE_MEM"
@@ -110,6 +134,7 @@ def test_a_module_without_the_parameter_is_one(abi: Abi) -> None:
     code, said = abi(files)
     assert code == 1
     assert "kvm-intel.ko has no parameter tdx" in said
+    assert "kvm-intel.ko is of another build than this configuration" in said
 
 
 def test_a_built_in_kvm_has_its_parameter_from_modules_builtin_modinfo(abi: Abi) -> None:
@@ -120,6 +145,14 @@ def test_a_built_in_kvm_has_its_parameter_from_modules_builtin_modinfo(abi: Abi)
     )
     _, said = abi(files)
     assert "bool (modules.builtin.modinfo)" in said
+
+
+def test_a_built_in_kvm_without_that_is_unknown_and_no_module_is_asked_for(abi: Abi) -> None:
+    files = {name: data for name, data in classic_package().items() if not name.endswith(".ko.xz")}
+    files[f"boot/config-{RELEASE}"] = CONFIG.replace("KVM_INTEL=m", "KVM_INTEL=y").encode()
+    code, said = abi(files)
+    assert code == 2
+    assert "kvm_intel is built in, and no modules.builtin.modinfo is among what was given" in said
 
 
 def test_without_modules_it_cannot_tell_and_asks_for_them(abi: Abi) -> None:
@@ -148,6 +181,26 @@ def test_without_type_information_it_cannot_tell(abi: Abi) -> None:
     assert "no type information: neither BTF (CONFIG_DEBUG_INFO_BTF=y) nor DWARF" in said
 
 
+def test_a_module_without_btf_is_described_by_its_dwarf(
+    abi: Abi, bpftool: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    """As without CONFIG_DEBUG_INFO_BTF_MODULES."""
+    of_tdx = types_of({bound.name: bound.structure for bound in TDX["mainline"]})
+    values = [{"name": one.name, "val": int(one)} for one in COMMANDS["mainline"].values]
+    of_tdx["types"].append({"id": 10**6, "kind": "ENUM", "name": "kvm_tdx_cmd_id", "size": 4, "values": values})
+    bpftool(recorded() | {"kvm-intel": of_tdx})
+    pahole = tmp_path / "bin" / "pahole"
+    pahole.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[sys.argv.index('-J') - 1], 'w').close()\n")
+    pahole.chmod(0o755)
+    files = classic_package()
+    in_dwarf = module(RELEASE, {"tdx": "bool"}, **{".debug_info": b"DWARF"}).replace(b"\0.BTF\0", b"\0.nix\0")
+    files[f"{LIB}/kvm-intel.ko.xz"] = lzma.compress(in_dwarf)
+    code, said = abi(files)
+    assert code == 0, said
+    assert "structures from BTF of vmlinux, kvm.ko, DWARF of kvm-intel.ko" in said
+    assert abi(files, options=("--types", "btf"))[0] == 2
+
+
 def test_a_difference_is_one_and_named(abi: Abi, bpftool: Callable[[dict[str, Any]], None]) -> None:
     answers = recorded()
     for part in answers.values():
@@ -161,6 +214,38 @@ def test_a_difference_is_one_and_named(abi: Abi, bpftool: Callable[[dict[str, An
     assert said.splitlines()[-1].endswith(
         "1 difference from the binding; first: kvm_tdx_init_mem_region.gpa: offset 16 in the kernel, 8 here"
     )
+
+
+def test_a_number_that_differs_is_one_and_named_in_the_document_too(
+    abi: Abi, bpftool: Callable[[dict[str, Any]], None]
+) -> None:
+    answers = recorded()
+    for one in answers["kvm-intel"]["types"]:
+        if one["name"] == "kvm_tdx_cmd_id":
+            one["values"][4]["val"] = 40
+    bpftool(answers)
+    code, said = abi(classic_package(), options=("--json",))
+    assert code == 1
+    (report,) = json.loads(said)
+    assert report["summary"].endswith(
+        "1 difference from the binding; first: kvm_tdx_cmd_id.KVM_TDX_FINALIZE_VM: 40 in the kernel, 4 here"
+    )
+    (difference,) = next(one for one in report["structures"] if one["name"] == "kvm_tdx_cmd_id")["differences"]
+    assert (difference["kernel"], difference["binding"]) == ({"value": 40}, {"value": 4})
+
+
+def test_a_structure_that_a_kernel_may_lack_is_not_counted_as_agreeing(
+    abi: Abi, bpftool: Callable[[dict[str, Any]], None]
+) -> None:
+    answers = recorded()
+    for part in answers.values():
+        for one in part["types"]:
+            if one["name"] == "kvm_one_reg":
+                one["name"] = "renamed"
+    bpftool(answers)
+    code, said = abi(classic_package())
+    assert code == 0
+    assert "63 structures agree" in said.splitlines()[-1]
 
 
 def test_the_worst_of_several_kernels_decides(abi: Abi) -> None:
@@ -182,6 +267,27 @@ def test_json_is_one_document_with_every_structure(abi: Abi) -> None:
     sizes = {one["name"]: one["size"] for one in report["structures"]}
     assert sizes["kvm_tdx_init_vm"] == 264
     assert {one["status"] for one in report["configuration"]} == {"ok"}
+
+
+@pytest.mark.parametrize(("value", "status"), [("Y", Status.OK), ("N", Status.NOTE)])
+def test_a_running_kernel_that_could_but_does_not_is_told(tmp_path: Path, value: str, status: Status) -> None:
+    found = check(KernelFiles(RELEASE, tmp_path, parameter=value)).parameter
+    assert [one.status for one in found] == [status]
+    assert found[0].detail.startswith(f"{value} now")
+
+
+def test_a_full_disk_is_two_and_one_line(
+    abi: Abi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(KernelFiles, "add_image", lambda kernel, *_, **__: full(kernel.folder / "vmlinux", b""))
+    code, said = abi(classic_package())
+    assert code == 2
+    assert said.startswith("tdxhw: ")
+    assert said.endswith("No space left on device\n")
+    assert said.count("\n") == 1
 
 
 def test_what_cannot_be_read_is_two_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from tests.unit.abi.samples import (
 
 def collected(tmp_path: Path, *given: Path | str) -> list[KernelFiles]:
     work = tmp_path / "work"
-    work.mkdir()
+    work.mkdir(parents=True)
     return collect([str(one) for one in given], work)
 
 
@@ -177,9 +178,61 @@ def test_an_image_of_another_release_than_its_place_is_refused(tmp_path: Path) -
         collected(tmp_path, written(tmp_path / "linux-image.deb", deb(files)))
 
 
+def test_two_builds_of_one_release_are_not_taken_for_one_kernel(tmp_path: Path) -> None:
+    """A kernel built again keeps its release; the structures of one with the build id of the other is neither."""
+    other = bytes(reversed(BUILD_ID))
+    again = classic_package() | {f"boot/vmlinuz-{RELEASE}": bzimage(vmlinux().replace(BUILD_ID, other))}
+    first = written(tmp_path / "first.deb", deb(classic_package()))
+    second = written(tmp_path / "second.deb", deb(again))
+    with pytest.raises(AbiError, match=rf"second\.deb:boot/vmlinuz.*{other.hex()}.*first\.deb:boot/vmlinuz.*one at a"):
+        collected(tmp_path, first, second)
+
+
+def test_the_same_build_may_be_given_twice(tmp_path: Path) -> None:
+    package = written(tmp_path / "linux-image.deb", deb(classic_package()))
+    (kernel,) = collected(tmp_path, package, written(tmp_path / "vmlinux", vmlinux()))
+    assert_whole(kernel)
+    assert kernel.given == ["linux-image.deb", "vmlinux"]
+
+
+def test_what_is_inside_the_image_is_its_configuration_whatever_lies_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "tree"
+    written(folder / "vmlinux", vmlinux(config=CONFIG))
+    written(folder / "arch/x86/kvm/kvm-intel.ko", kvm_intel())
+    written(folder / ".config", b"CONFIG_EDITED_SINCE=y\n")
+    (kernel,) = collected(tmp_path, folder)
+    assert (kernel.config, kernel.config_from) == (CONFIG, "inside vmlinux")
+
+
+HEAD = "#\n# Automatically generated file; DO NOT EDIT.\n# Linux/x86 7.2.13 Kernel Configuration\n#\n"
+
+
+@pytest.mark.parametrize("name", [".config", f"config-{RELEASE}"])
+def test_a_configuration_given_by_itself_joins_the_kernel(tmp_path: Path, name: str) -> None:
+    config = written(tmp_path / name, (HEAD + CONFIG).encode())
+    (kernel,) = collected(tmp_path, config, written(tmp_path / "vmlinux", vmlinux()))
+    assert (kernel.config, kernel.config_from) == (HEAD + CONFIG, name)
+
+
+def test_a_configuration_of_one_of_several_kernels_has_to_say_of_which(tmp_path: Path) -> None:
+    images = [written(tmp_path / "vmlinux", vmlinux()), written(tmp_path / "other", vmlinux("6.1.0"))]
+    named = written(tmp_path / "config-6.1.0", HEAD.encode())
+    first, second = collected(tmp_path / "named", *images, named)
+    assert (first.config_from, second.config_from) == ("", "config-6.1.0")
+    with pytest.raises(AbiError, match=rf"\.config: a configuration, but of which kernel \({RELEASE}, 6\.1\.0\)"):
+        collected(tmp_path / "nameless", *images, written(tmp_path / ".config", HEAD.encode()))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AbiError, match="pipe: not a regular file"):
+        collected(tmp_path, tmp_path / "pipe")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
+        ("kernel.rpm", b"\xed\xab\xee\xdb\x03\x00", "an RPM package, which is not read here: unpack it"),
         ("passwd", b"root:x:0:0::/root:/bin/sh\n", "not a kernel: neither a Debian package"),
         ("ls", elf({".text": b""}), "an ELF file, but no kernel"),
         ("kvm-intel.ko", elf({".text": b""}), "does not say for which kernel"),

@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +126,35 @@ def test_a_field_that_is_gone_is_named() -> None:
     ]
 
 
-def test_a_new_field_where_there_was_padding_is_a_note_and_no_difference() -> None:
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_new_field_where_there_was_padding_is_a_note_and_no_difference(place: str) -> None:
+    """As when Linux 6.16 took the TDVMCALL capabilities from ``kvm_tdx_capabilities.reserved``."""
+    parts = recorded()
+    (one,) = structures(parts, "kvm_tdx_init_vm")
+    members = {member["name"]: member for member in one["members"]}
+    padding = members["reserved"]
+    (array,) = (each for part in parts.values() for each in part["types"] if each["id"] == padding["type_id"])
+    parts["vmlinux"]["types"].append(array | {"id": 10**6, "nr_elems": array["nr_elems"] - 1})
+    begin, end = padding["bits_offset"], padding["bits_offset"] + 64 * (array["nr_elems"] - 1)
+    padding |= {"type_id": 10**6, "bits_offset": begin + 64 if place == "first" else begin}
+    newer = {"name": "newer", "type_id": members["xfam"]["type_id"], "bits_offset": begin if place == "first" else end}
+    one["members"].append(newer)
+    changed = by_name(compare(kernel_types(parts), "mainline"))["kvm_tdx_init_vm"]
+    assert [str(one) for one in changed.differences] == []
+    assert [str(one) for one in changed.newer] == [
+        f"kvm_tdx_init_vm.newer: offset {newer['bits_offset'] // 8}, 8 bytes in the kernel; not here"
+    ]
+
+
+def test_padding_that_is_all_taken_is_a_note_and_no_difference() -> None:
     parts = recorded()
     (one,) = structures(parts, "kvm_create_guest_memfd")
-    members = {member["name"]: member for member in one["members"]}
-    one["members"].append(
-        {"name": "node", "type_id": members["flags"]["type_id"], "bits_offset": members["reserved"]["bits_offset"]}
-    )
+    (padding,) = (member for member in one["members"] if member["name"] == "reserved")
+    padding["name"] = "node"
     changed = by_name(compare(kernel_types(parts), "mainline"))["kvm_create_guest_memfd"]
     assert changed.agreement is Agreement.AGREES
     assert [str(one) for one in changed.newer] == [
-        "kvm_create_guest_memfd.node: offset 16, 8 bytes in the kernel; not here"
+        "kvm_create_guest_memfd.node: offset 16, 48 bytes in the kernel; not here"
     ]
 
 
@@ -154,6 +173,40 @@ def test_a_structure_that_two_parts_describe_differently_differs() -> None:
     assert "kvm_regs: 8 bytes in the kernel, 144 here" in map(str, changed.differences)
 
 
+def commands(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the enumeration of sub-commands, to be changed in place."""
+    found: dict[str, Any]
+    (found,) = [one for part in parts.values() for one in part["types"] if one["name"] == "kvm_tdx_cmd_id"]
+    assert found["kind"] == "ENUM"
+    return found
+
+
+def test_a_sub_command_of_another_number_is_named_with_both() -> None:
+    parts = recorded()
+    for value in commands(parts)["values"]:
+        value["val"] = {3: 4, 4: 3}.get(value["val"], value["val"])
+    changed = by_name(compare(kernel_types(parts), "mainline"))["kvm_tdx_cmd_id"]
+    assert [str(one) for one in changed.differences] == [
+        "kvm_tdx_cmd_id.KVM_TDX_INIT_MEM_REGION: 4 in the kernel, 3 here",
+        "kvm_tdx_cmd_id.KVM_TDX_FINALIZE_VM: 3 in the kernel, 4 here",
+    ]
+
+
+def test_a_sub_command_that_is_gone_is_named() -> None:
+    parts = recorded()
+    del commands(parts)["values"][5]
+    changed = by_name(compare(kernel_types(parts), "mainline"))["kvm_tdx_cmd_id"]
+    assert [str(one) for one in changed.differences] == ["kvm_tdx_cmd_id.KVM_TDX_GET_CPUID: not in the kernel; 5 here"]
+
+
+def test_a_sub_command_that_is_newer_than_the_binding_is_a_note_and_no_difference() -> None:
+    parts = recorded()
+    commands(parts)["values"][6:] = [{"name": "KVM_TDX_NEWER", "val": 6}, {"name": "KVM_TDX_CMD_NR_MAX", "val": 7}]
+    changed = by_name(compare(kernel_types(parts), "mainline"))["kvm_tdx_cmd_id"]
+    assert changed.agreement is Agreement.AGREES
+    assert [str(one) for one in changed.newer] == ["kvm_tdx_cmd_id.KVM_TDX_NEWER: 6 in the kernel; not here"]
+
+
 def test_a_structure_that_nobody_describes_is_not_described_and_never_agrees() -> None:
     parts = recorded()
     structures(parts, "kvm_tdx_cmd")[0]["name"] = "kvm_tdx_cmd_renamed"
@@ -164,8 +217,12 @@ def test_a_structure_that_nobody_describes_is_not_described_and_never_agrees() -
 # ---- dialects ----
 
 
-def bound_types(bounds: tuple[Bound, ...]) -> Types:
-    return Types(numbered(types_of({bound.name: bound.structure for bound in bounds})))
+def bound_types(bounds: tuple[Bound, ...], commands: type[IntEnum] | None = None) -> Types:
+    document = types_of({bound.name: bound.structure for bound in bounds})
+    if commands is not None:
+        values = [{"name": one.name, "val": int(one)} for one in commands]
+        document["types"].append({"id": 10**6, "kind": "ENUM", "name": "kvm_tdx_cmd_id", "size": 4, "values": values})
+    return Types(numbered(document))
 
 
 @pytest.mark.parametrize("dialect", TDX)
@@ -174,19 +231,22 @@ def test_the_dialect_is_told_by_the_fields(dialect: str) -> None:
 
 
 def test_a_kernel_of_v17_agrees_with_v17_and_not_with_mainline() -> None:
-    types = [bound_types(TDX["v17"])]
+    types = [bound_types(TDX["v17"], tdx_v17.KvmTdxCmdIdV17)]
     own = {one.name: one.agreement for one in compare(types, "v17") if one.of_tdx}
     assert set(own.values()) == {Agreement.AGREES}
     other = by_name(compare(types, "mainline"))["kvm_tdx_capabilities"]
     assert "kvm_tdx_capabilities.supported_attrs: not in the kernel; offset 0, 8 bytes here" in map(
         str, other.differences
     )
+    (command,) = by_name(compare(types, "mainline"))["kvm_tdx_cmd_id"].differences
+    assert str(command) == "kvm_tdx_cmd_id.KVM_TDX_GET_CPUID: not in the kernel; 5 here"
 
 
 def test_a_kernel_without_tdx_has_no_dialect_and_is_compared_without_it() -> None:
     parts = recorded()
     for name in (bound.name for bound in TDX["mainline"]):
         structures(parts, name)[0]["name"] = "renamed"
+    commands(parts)["name"] = "renamed"
     for part in parts.values():
         for one in part["types"]:
             if one["kind"] == "UNION":  # that of kvm_run
@@ -202,6 +262,16 @@ def test_split_btf_of_another_build_is_refused() -> None:
     module = Types({1: {"id": 1, "kind": "STRUCT", "name": "s", "size": 8, "members": [_member(7)]}})
     with pytest.raises(AbiError, match="refers to type 7, which is not there"):
         module.layouts("s")
+
+
+@pytest.mark.parametrize("inner", ["STRUCT", "TYPEDEF", "ARRAY"])
+def test_btf_that_goes_round_in_circles_is_refused(inner: str) -> None:
+    types = {
+        1: {"id": 1, "kind": "STRUCT", "name": "s", "size": 8, "members": [_member(2)]},
+        2: {"id": 2, "kind": inner, "name": "t", "size": 8, "type_id": 2, "nr_elems": 1, "members": [_member(1)]},
+    }
+    with pytest.raises(AbiError, match="BTF is broken: struct s contains itself"):
+        Types(types).layouts("s")
 
 
 def _member(type_id: int) -> dict[str, Any]:
