@@ -5,6 +5,7 @@ A run that is killed leaves every finished line behind. The first line carries t
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,21 @@ class ReportLog:
                 "$report_type": "SessionStart",
                 "pytest_version": pytest.__version__,
                 "tdxhw": __version__,
+                "start": self._record.started,
                 "backend": self._record.backend,
                 "hosts": {name: dict(provenance) for name, provenance in self._record.hosts.items()},
             }
         )
 
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Write that a test begins. It may take the machine down, its set-up too: then this says which one it was."""
+        if self._record.backend != "sim":
+            self._write({"$report_type": "TestStart", "nodeid": nodeid, "start": time.time()})
+            os.fsync(self._file.fileno())
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write one phase of one test."""
         self._write(self._config.hook.pytest_report_to_serializable(config=self._config, report=report))
-        if report.when == "setup" and self._record.backend != "sim":
-            # The test that comes now may take the machine down: then this says which one it was.
-            os.fsync(self._file.fileno())
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Write a suite that could not be read."""

@@ -51,7 +51,7 @@ _FILTERS: Final = {
         "--simulated/--hardware", default=None, help="Only the simulator's, or only hardware's. [both]"
     ),
 }
-_LIMIT: Final = click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, metavar="N")
+_LIMIT: Final = click.option("--limit", type=click.IntRange(1, 1_000_000), default=50, show_default=True, metavar="N")
 
 
 def _asking(*filters: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -89,7 +89,7 @@ def add(results: tuple[Path, ...], db: str | None) -> None:
 
 
 @history.command("runs")
-@_asking("kernel", "host", "module")
+@_asking("kernel", "host", "module", "test", "simulated")
 def runs(db: str | None, *, since: float, limit: int, as_json: bool, **filters: Any) -> None:
     """Show the latest runs."""
     with open_history(db, create=False) as opened:
@@ -99,7 +99,7 @@ def runs(db: str | None, *, since: float, limit: int, as_json: bool, **filters: 
     if as_json:
         _print_json(lines)
         return
-    table = _table("run", "begun", "kernel", "host", "TDX module", "results", "verdict")
+    table = _table("run", "begun (UTC)", "kernel", "host", "TDX module", "results", "verdict")
     for one in lines:
         verdict = Text(one.line or one.verdict, style=_VERDICT_COLOUR.get(one.verdict, ""))
         places = (", ".join(part) or "-" for part in (one.kernels, one.hosts, one.modules))
@@ -107,7 +107,7 @@ def runs(db: str | None, *, since: float, limit: int, as_json: bool, **filters: 
     _show(table, "no run")
 
 
-@history.command("test")
+@history.command("test", short_help="Show how a test did, run by run.")
 @click.argument("name")
 @_asking("kernel", "host", "module", "simulated")
 def test(
@@ -122,7 +122,7 @@ def test(
     if as_json:
         _print_json(lines)
         return
-    table = _table("run", "begun", "test", "kernel", "host", "TDX module", "", "time", "")
+    table = _table("run", "begun (UTC)", "test", "kernel", "host", "TDX module", "", "time", "")
     for one in lines:
         where = f"{one.host}{' (simulated)' if one.simulated else ''}"
         table.add_row(
@@ -169,7 +169,7 @@ host = _about("host", "NAME", "Show what ran on the host NAME, and what failed."
 module = _about("module", "VERSION", "Show what ran with the TDX module VERSION, and what failed.")
 
 
-@history.command("flaky")
+@history.command("flaky", short_help="Show tests that passed and failed under the same conditions.")
 @_asking("kernel", "host", "module", "test", "simulated")
 def flaky(db: str | None, *, since: float, limit: int, as_json: bool, **filters: Any) -> None:
     """Show tests that passed and failed on the same host with the same kernel, module and everything else."""
@@ -183,8 +183,8 @@ def flaky(db: str | None, *, since: float, limit: int, as_json: bool, **filters:
         _show_failing(lines)
 
 
-@history.command("export")
-@click.argument("file", type=click.File("w", encoding="utf-8", atomic=True), default="-")
+@history.command("export", short_help="Write results as JSON lines.")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), default="-")
 @_DB
 @_SINCE
 @_FILTERS["simulated"]
@@ -192,13 +192,15 @@ def flaky(db: str | None, *, since: float, limit: int, as_json: bool, **filters:
 @_FILTERS["module"]
 @_FILTERS["host"]
 @_FILTERS["kernel"]
-def export(file: Any, db: str | None, *, since: float, **filters: Any) -> None:
+def export(file: Path, db: str | None, *, since: float, **filters: Any) -> None:
     """Write results as JSON lines to FILE [standard output]: `tdxhw report`, `compare` and `history add` read them."""
+    from tdxhw.report.cli import write_all
+
     with open_history(db, create=False) as opened:
         from tdxhw.history import queries
 
-        for one in queries.export(opened.database, queries.Wanted(since=since, **filters)):
-            file.write(json.dumps(one.to_json(), sort_keys=True) + "\n")
+        results = queries.export(opened.database, queries.Wanted(since=since, **filters))
+        write_all(file, (json.dumps(one.to_json(), sort_keys=True) + "\n" for one in results))
 
 
 # ---- how it looks ----

@@ -5,6 +5,7 @@ where it says so, and one that is going to write waits for the other writer at i
 """
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -25,6 +26,9 @@ _CONNECT_S: Final = 10
 _WRITERS_LOCK: Final = 0x7464_7868_7700  # "tdxhw": a lock of PostgreSQL that everybody who writes takes
 _MAGIC: Final = b"SQLite format 3\0"
 _WRITES: Final = "tdxhw_writes"
+_HALF_A_URL: Final = re.compile(r"postgres(ql)?(\+\w+)?:")
+_NO_URL: Final = "the history's URL cannot be read: postgresql://USER@HOST/DATABASE"
+"""What was given is not shown: there may be a password in it."""
 
 
 def default_path(environ: Mapping[str, str] = os.environ) -> Path:
@@ -121,13 +125,16 @@ def _url(where: str | Path) -> URL:
     if "://" not in told:
         if not told:
             raise HistoryError("the history has no name: give a file or a postgresql:// URL")
+        if _HALF_A_URL.match(told):
+            raise HistoryError(_NO_URL)
         return URL.create("sqlite", database=str(Path(told).expanduser()))
     try:
         url = make_url(told)
         backend = url.get_backend_name()
     except (ArgumentError, SQLAlchemyError, ValueError):
-        # Not shown: there may be a password in it.
-        raise HistoryError("the history's URL cannot be read: postgresql://USER@HOST/DATABASE") from None
+        raise HistoryError(_NO_URL) from None
+    if "@" in (url.host or ""):  # the end of a password, which errors would show
+        raise HistoryError(f"{_NO_URL}; '@' in a password is written %40")
     if backend == "sqlite" and url.database and url.database != ":memory:":
         return URL.create("sqlite", database=url.database)
     if backend in ("postgresql", "postgres"):

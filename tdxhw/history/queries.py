@@ -5,7 +5,7 @@ Names may be patterns (``6.18*``). What runs over many results is answered from 
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -129,7 +129,8 @@ def _conditions(connection: Connection, wanted: Wanted) -> list[ColumnElement[bo
     if wanted.test:
         conditions.append(result.c.test_id.in_(_test_ids(connection, wanted.test)))
     if wanted.since:
-        conditions.append(exists().where(run.c.id == result.c.run_id, run.c.started >= wanted.since))
+        of_result = run.alias()  # by itself: a query that shows runs as well has `run` for that
+        conditions.append(exists().where(of_result.c.id == result.c.run_id, of_result.c.started >= wanted.since))
     return conditions
 
 
@@ -160,27 +161,27 @@ def _counts(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def runs(database: Database, wanted: Wanted = Wanted(), *, limit: int = 20) -> list[RunLine]:
-    """Return the latest runs, the newest first."""
+    """Return the latest runs with a result that is wanted, the newest first; each in all its numbers."""
     with database.reading() as connection:
         conditions: list[ColumnElement[bool]] = [run.c.started >= wanted.since]
-        of_results = _conditions(connection, Wanted(wanted.kernel, wanted.host, wanted.module))
+        of_results = _conditions(connection, replace(wanted, since=0.0))
         if of_results:
             conditions.append(run.c.id.in_(select(result.c.run_id).where(*of_results)))
-        rows = connection.execute(
-            select(run).where(*conditions).order_by(run.c.started.desc(), run.c.id.desc()).limit(limit)
-        ).all()
+        latest = select(run).where(*conditions).order_by(run.c.started.desc(), run.c.id.desc()).limit(limit)
+        rows = connection.execute(latest).all()
         grouped = connection.execute(
             select(result.c.run_id, result.c.status, result.c.environment_id, func.count())
-            .where(result.c.run_id.in_([row.id for row in rows]))
+            .where(result.c.run_id.in_(select(latest.subquery().c.id)))
             .group_by(result.c.run_id, result.c.status, result.c.environment_id)
         ).all()
         used = {number for _, _, number, _ in grouped}
-        places = {
-            row.id: row for row in connection.execute(select(environment).where(environment.c.id.in_(sorted(used))))
-        }
+        places = {row.id: row for row in connection.execute(select(environment)) if row.id in used}
+    of_runs: dict[int, list[tuple[str, Any, int]]] = {}
+    for run_id, status, number, count in grouped:
+        of_runs.setdefault(run_id, []).append((status, places[number], count))
     lines = []
     for row in rows:
-        mine = [(status, places[number], count) for run_id, status, number, count in grouped if run_id == row.id]
+        mine = of_runs.get(row.id, [])
         kernels, hosts, modules = (
             tuple(sorted({getattr(place, name) for _, place, _ in mine} - {""}))
             for name in ("kernel", "host", "tdx_module")

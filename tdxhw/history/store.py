@@ -4,22 +4,23 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from tdxhw.history.database import Database
 from tdxhw.history.errors import HistoryError
 from tdxhw.history.schema import environment, result, run, test
 from tdxhw.report.plain_text import printable
-from tdxhw.report.results import Result, Results
+from tdxhw.report.results import Result, Results, Status
 
 _CHUNK: Final = 500
+_PAIRS: Final = 25
 _DIGEST_BYTES: Final = 16
 
 
@@ -65,17 +66,30 @@ class History:
     def add(self, record: RunRecord, results: Results) -> Added:
         """Add a run, whole or not at all. What is there already is not added again.
 
-        A log that has grown since it was added continues its run. ``HistoryError`` if there is nothing to add.
+        A log that has grown since it was added continues its run; a test that it lost then and has the end of now is
+        no longer lost. ``HistoryError`` if there is nothing to add.
         """
         if not results.results:
             raise HistoryError(f"{', '.join(results.sources) or 'the run'}: no result to add")
-        keyed = {_key(one): one for one in map(_storable, results.results)}
+        keyed = {_key(one): one for one in _ended(map(_storable, results.results))}
         with self.database.writing() as connection:
             known = _known_runs(connection, keyed)
-            of_runs = set(known.values())
-            run_id = _add_run(connection, record, results, keyed.values(), of_runs)
             new = {key: one for key, one in keyed.items() if key not in known}
-            tests, environments = _test_ids(connection, new.values()), _environment_ids(connection, new.values())
+            tests = _test_ids(connection, new.values())
+            replaced, late = _lost_once(connection, new, tests)
+            known |= late
+            new = {key: one for key, one in new.items() if key not in late}
+            # A result without a beginning may be that of any run: a suite that breaks does so again, word for word.
+            dated = {number for key, number in known.items() if keyed[key].started}
+            of_runs = {*dated, *replaced.values()}
+            if not any(one.started for one in keyed.values()):
+                of_runs = set(known.values())
+            if not new and of_runs and not record.verdict:
+                return Added(max(of_runs), 0, len(known))  # of several runs that are all here; no run of its own
+            run_id = _add_run(connection, record, results, keyed.values(), of_runs)
+            for ids in _chunks(replaced):
+                connection.execute(delete(result).where(result.c.id.in_(ids)))
+            environments = _environment_ids(connection, new.values())
             rows = (
                 {
                     "key": key,
@@ -159,9 +173,9 @@ def _environment_digest(one: Result) -> bytes:
 # ---- rows that results share ----
 
 
-def _chunks(keys: Iterable[Any]) -> Iterator[Sequence[Any]]:
+def _chunks(keys: Iterable[Any], size: int = _CHUNK) -> Iterator[Sequence[Any]]:
     keys = iter(keys)
-    while chunk := list(islice(keys, _CHUNK)):
+    while chunk := list(islice(keys, size)):
         yield chunk
 
 
@@ -172,6 +186,55 @@ def _known_runs(connection: Connection, keys: Iterable[bytes]) -> dict[bytes, in
         query = select(result.c.key, result.c.run_id).where(result.c.key.in_(chunk))
         found.update((bytes(key), run_id) for key, run_id in connection.execute(query))
     return found
+
+
+def _lost_once(
+    connection: Connection, new: Mapping[bytes, Result], tests: Mapping[tuple[str, str], int]
+) -> tuple[dict[int, int], dict[bytes, int]]:
+    """Find tests that are a ``MISS`` on one side and came to their end on the other: of a log that was still growing.
+
+    Return the rows of such a ``MISS`` in the history with their runs, and the keys of those that come too late, with
+    the runs of the results that are there instead.
+    """
+    lost: dict[tuple[int, float, str], list[bytes]] = {}
+    ended: set[tuple[int, float, str]] = set()
+    for key, one in new.items():
+        if one.started:
+            begun = (tests[one.suite, one.test], one.started, one.host)
+            if one.status is Status.MISS:
+                lost.setdefault(begun, []).append(key)
+            else:
+                ended.add(begun)
+    replaced: dict[int, int] = {}
+    late: dict[bytes, int] = {}
+    for chunk in _chunks({(test_id, started) for test_id, started, _ in (*lost, *ended)}, _PAIRS):
+        test_ids, beginnings = zip(*chunk, strict=True)
+        query = (
+            select(
+                result.c.id, result.c.run_id, result.c.test_id, result.c.started, result.c.status, environment.c.host
+            )
+            .join(environment, result.c.environment_id == environment.c.id)
+            # SQLite has no index for pairs; in small chunks the others that this finds, too, cost less than one each.
+            .where(result.c.test_id.in_(test_ids), result.c.started.in_(beginnings))
+        )
+        for row in connection.execute(query):
+            begun = (row.test_id, row.started, row.host)
+            if row.status != Status.MISS.value:
+                late.update((key, row.run_id) for key in lost.get(begun, ()))
+            elif begun in ended:
+                replaced[row.id] = row.run_id
+    return replaced, late
+
+
+def _ended(results: Iterable[Result]) -> Iterator[Result]:
+    """Yield the results, but not a ``MISS`` of a test whose end is among them, too."""
+    results = list(results)
+
+    def begun(one: Result) -> tuple[str, str, str, float]:
+        return one.suite, one.test, one.host, one.started
+
+    ends = {begun(one) for one in results if one.status is not Status.MISS and one.started}
+    return (one for one in results if one.status is not Status.MISS or begun(one) not in ends)
 
 
 def _test_ids(connection: Connection, results: Iterable[Result]) -> dict[tuple[str, str], int]:

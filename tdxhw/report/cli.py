@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tdxhw.console import table_console
 from tdxhw.report import github, html, json_lines, junit, kcidb, tap
 from tdxhw.report.compare import Change, Comparison
 from tdxhw.report.compare import compare as compare_results
 from tdxhw.report.errors import ReportError
+from tdxhw.report.plain_text import printable
 from tdxhw.report.read import read_all
 from tdxhw.report.results import Results
 from tdxhw.report.trends import Trends, trends
@@ -55,18 +57,33 @@ FORMATS: Final = (
 
 def write(path: Path, text: str) -> None:
     """Write a report, whole or not at all; ``-`` is standard output. ``ReportError`` if it cannot be written."""
+    write_all(path, (text,))
+
+
+def write_all(path: Path, texts: Iterable[str]) -> None:
+    """Write what may be too long to be one text, one after the other, like `write`.
+
+    A device or a pipe (``/dev/stdout``, ``/dev/null``) is written to, never replaced, and so is what a link leads to.
+    """
     if str(path) == "-":
-        click.echo(text, nl=False)
+        for text in texts:
+            click.echo(text, nl=False)
         return
-    partial = path.with_name(path.name + ".part")
+    is_replaced = not path.is_symlink() and (path.is_file() or not path.exists())
+    partial = path.with_name(path.name + ".part") if is_replaced else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ReportError(f"{path}: cannot write it: {error.strerror}") from error
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(texts)
+        if is_replaced:
+            partial.replace(path)
+    except BaseException as error:
+        if is_replaced:
+            with suppress(OSError):
+                partial.unlink()
+        if isinstance(error, OSError):
+            raise ReportError(f"{path}: cannot write it: {error.strerror}") from error
+        raise
 
 
 def _with_formats(command: Callable[..., None]) -> Callable[..., None]:
@@ -192,9 +209,11 @@ def compare(
     if as_json:
         click.echo(json.dumps(_document(comparison, is_bad=is_bad), indent=1))
     else:
-        _show(Console(highlight=False), comparison)
+        _show(table_console(), comparison)
     if github_:
         _add_to_step_summary(github.comparison_summary(comparison))
+    if not any(entry.base and entry.new for entry in comparison.entries):
+        raise ReportError("no test is in BASE and in NEW: nothing was compared")
     ctx.exit(1 if is_bad else 0)
 
 
@@ -210,23 +229,30 @@ def _document(comparison: Comparison, *, is_bad: bool) -> dict[str, object]:
     }
 
 
+def _text(told: str) -> Text:
+    """Return text from a test, which may have it from a guest: nothing in it is for the terminal."""
+    return Text(printable(told), overflow="fold")
+
+
 def _show(console: Console, comparison: Comparison) -> None:
     for key, (base, new) in comparison.conditions.items():
-        console.print(Text(f"{key}: {', '.join(base) or '-'} → {', '.join(new) or '-'}"), soft_wrap=True)
+        console.print(_text(f"{key}: {', '.join(base) or '-'} → {', '.join(new) or '-'}"), soft_wrap=True)
     for note in comparison.notes:
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+        console.print(Text(printable(f"note: {note}"), style="yellow"), soft_wrap=True)
     table = Table.grid(padding=(0, 2))
     for entry in comparison.entries:
         if entry.change is Change.UNCHANGED:
             continue
         where = " ".join(part for part in (entry.variant, entry.host) if part)
         table.add_row(
-            Text(entry.change.value, style=_COLOUR[entry.change]), Text(entry.name), Text(where), Text(entry.message)
-        )
+            Text(entry.change.value, style=_COLOUR[entry.change]), _text(entry.name), _text(where),
+            _text(entry.message),
+        )  # fmt: skip
     for entry in comparison.entries:
         if entry.slowdown:
             where = " ".join(part for part in (entry.variant, entry.host) if part)
-            table.add_row(Text("slower"), Text(entry.name), Text(where), Text(f"{entry.slowdown:.1f} times as long"))
+            name = _text(entry.name)
+            table.add_row(Text("slower"), name, _text(where), Text(f"{entry.slowdown:.1f} times as long"))
     if table.row_count:
         console.print(table)
     counts = ", ".join(f"{count} {kind}" for kind, count in comparison.counts.items())

@@ -15,7 +15,7 @@ from tdxhw.report.errors import ReportError
 from tdxhw.report.results import Result, Results, Status
 
 # What makes two runs differ besides the kernel that is on trial.
-_CONDITIONS: Final = ("kernel", "tdx_module", "cpu", "microcode", "dialect", "profile", "tdxhw")
+_CONDITIONS: Final = ("kernel", "build_id", "tdx_module", "cpu", "microcode", "dialect", "profile", "tdxhw")
 _SLOWER_FACTOR: Final = 2.0
 _SLOWER_FLOOR_S: Final = 0.5
 
@@ -216,6 +216,6 @@ def _conditions(base: Sequence[Result], new: Sequence[Result]) -> dict[str, tupl
     differing = {}
     for key in _CONDITIONS:
         sides = tuple(tuple(sorted({r.provenance[key] for r in side if key in r.provenance})) for side in (base, new))
-        if sides[0] != sides[1]:
+        if sides[0] != sides[1] and not (key == "build_id" and "kernel" in differing):  # said already
             differing[key] = (sides[0], sides[1])
     return differing

@@ -4,6 +4,7 @@ import re
 from typing import Final
 
 _RELEASE: Final = re.compile(r"(\d+(?:\.\d+)*)(?:[-~]?rc(\d+))?(.*)", re.DOTALL)
+_LONGEST: Final = 18  # [digits]
 _FINAL: Final = 1 << 30  # a release is newer than all its candidates
 
 Key = tuple[tuple[int, ...], int, tuple[tuple[int, str], ...], str]
@@ -14,8 +15,13 @@ def kernel_order(release: str) -> Key:
     found = _RELEASE.search(release)
     if found is None:
         return (), 0, (), release
-    numbers = tuple(int(number) for number in found[1].split("."))
+    numbers = tuple(map(_number, found[1].split(".")))
     rest = tuple(
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", found[3]) if part
+        (_number(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", found[3]) if part
     )
-    return (*numbers, 0, 0, 0)[:4], int(found[2]) if found[2] else _FINAL, rest, release
+    return (*numbers, 0, 0, 0)[:4], _number(found[2]) if found[2] else _FINAL, rest, release
+
+
+def _number(digits: str) -> int:
+    """Return the number; one that is too long for Python to read is no version, but has its place behind them."""
+    return int(digits) if len(digits) <= _LONGEST else 10**_LONGEST

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tdxhw.report.errors import ReportError
-from tdxhw.report.results import Result, Results, Status, merge
+from tdxhw.report.results import Result, Results, Status, merge, texts
 
 _PROVENANCE: Final = "tdxhw."
 _MESSAGE_LIMIT: Final = 300
@@ -30,6 +30,8 @@ _MISTAKES: Final = frozenset(
 _INFRASTRUCTURE: Final = frozenset(
     {"BackendUnavailable", "ConnectionLost", "LabUnreachable", "LeaseHeld", "PromiseBroken"}
 )
+_MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading runs into where a line is JSON, but not what it should be."""
 _RUN_STATUS: Final = {
     "passed": Status.PASS,
     "failed": Status.FAIL,
@@ -48,16 +50,20 @@ def read_all(paths: Iterable[Path]) -> Results:
 def read(path: Path) -> Results:
     """Return the results in `path`. ``ReportError`` names the line that is no result."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise ReportError(f"{path}: cannot read it: {error.strerror}") from error
+    # A power cut may leave anything in the last line; it is dropped below.
+    whole, newline, last = data.rpartition(b"\n")
+    try:
+        text = (whole + newline).decode("utf-8") + last.decode("utf-8", "replace" if newline else "strict")
     except UnicodeDecodeError as error:
         raise ReportError(f"{path}: not UTF-8 text") from error
     if not text.strip():
         raise ReportError(f"{path}: empty: the run wrote no result")
     try:
         document = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         document = None
     if isinstance(document, dict) and "results" in document:
         return _from_run_document(path, document)
@@ -73,14 +79,14 @@ def _from_run_document(path: Path, document: Mapping[str, Any]) -> Results:
                 host=str(one["host"]),
                 status=_RUN_STATUS[one["outcome"]],
                 duration_s=float(one["duration_s"]),
-                started=float(document.get("started", 0)),
+                started=float(document.get("started", 0.0)),
                 message=str(one["reason"]),
                 details=str(one["details"]),
-                provenance=dict(one["provenance"]),
-            )
+                provenance=texts(one["provenance"]),
+            ).checked()
             for one in document["results"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ReportError(f"{path}: not what `tdxhw run --json` prints: {error!r}") from error
     notes = [f"{path}: the run was interrupted"] if document.get("interrupted") else []
     return Results(results, (str(path),), tuple(notes))
@@ -90,7 +96,7 @@ def _from_lines(path: Path, text: str) -> Results:
     log = _ReportLog()
     results: list[Result] = []
     notes: list[str] = []
-    lines = text.splitlines()
+    lines = text.split("\n")  # splitlines() would also split at U+2028 and its like, which JSON strings may have
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -105,7 +111,7 @@ def _from_lines(path: Path, text: str) -> Results:
                 notes.append(f"{path} ends in the middle of a line: the run was cut off")
                 break
             raise ReportError(f"{path}:{number}: not JSON: {error.msg}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except _MALFORMED as error:
             raise ReportError(f"{path}:{number}: not a result: {error!r}") from error
     if log.began:
         results.extend(log.unfinished())
@@ -120,6 +126,7 @@ class _ReportLog:
     def __init__(self) -> None:
         self.began = False
         self.ended = False
+        self._start = 0.0  # of the session [s since 1970]
         self._hosts: dict[str, dict[str, str]] = {}
         self._phases: dict[str, list[Mapping[str, Any]]] = {}
         self._cut: dict[str, list[Mapping[str, Any]]] = {}
@@ -131,13 +138,19 @@ class _ReportLog:
                 self.began, self.ended = True, False
                 self._cut.update(self._phases)  # of a connection that was lost; run again, they count as that
                 self._phases.clear()
-                self._hosts = {name: dict(provenance) for name, provenance in record.get("hosts", {}).items()}
+                self._start = float(record.get("start", 0.0))
+                self._hosts = {name: texts(provenance) for name, provenance in record.get("hosts", {}).items()}
             case "SessionFinish":
                 self.ended = True
             case "CollectReport" if record["outcome"] == "failed":
                 suite = suite_of(record["nodeid"])
                 headline, details = _failure(record)
-                return [Result(suite, "(collection)", "", Status.ERROR, message=headline, details=details)]
+                host, shared = self._everywhere()
+                broken = Result(suite, "(collection)", host, Status.ERROR, 0.0, self._start, headline, details, shared)
+                return [broken.checked()]
+            case "TestStart":  # before its set-up, which may be its end
+                nothing_yet = {"when": "start", "outcome": "passed", "duration": 0.0, "longrepr": None}
+                self._phases[record["nodeid"]] = [{**record, **nothing_yet, "user_properties": []}]
             case "TestReport":
                 phases = self._phases.setdefault(record["nodeid"], [])
                 phases.append(record)
@@ -145,6 +158,12 @@ class _ReportLog:
                     self._cut.pop(record["nodeid"], None)
                     return [self._result(self._phases.pop(record["nodeid"]))]
         return []
+
+    def _everywhere(self) -> tuple[str, dict[str, str]]:
+        """Return the run's host, if it is one, and what is the same for all: a suite that broke ran on none."""
+        first, *others = self._hosts.values() or [{}]
+        shared = {key: value for key, value in first.items() if all(one.get(key) == value for one in others)}
+        return next(iter(self._hosts)) if len(self._hosts) == 1 else "", shared
 
     def unfinished(self) -> list[Result]:
         """Return a ``MISS`` for each test whose tear-down never came."""
@@ -183,7 +202,7 @@ class _ReportLog:
             message=message,
             details=details,
             provenance=provenance,
-        )
+        ).checked()
 
 
 def suite_of(nodeid: str) -> str:

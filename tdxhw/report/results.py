@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any, Final
 
 SIMULATOR: Final = "sim"
+_LATEST: Final = 253_402_300_799  # [s since 1970], the last second of the year 9999: the last that is a date
 
 
 class Status(Enum):
@@ -69,18 +70,24 @@ class Result:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> "Result":
         """Read what `to_json` wrote. ``KeyError``, ``TypeError`` or ``ValueError`` if it is anything else."""
-        fields = {**line, "status": Status(line["status"]), "provenance": _texts(line["provenance"])}
-        result = cls(**fields)
-        for text in (result.suite, result.test, result.host, result.message, result.details):
+        fields = {**line, "status": Status(line["status"]), "provenance": texts(line["provenance"])}
+        return cls(**fields).checked()
+
+    def checked(self) -> "Result":
+        """Return it. ``TypeError`` or ``ValueError`` if a file has put something into it that no report can show."""
+        for text in (self.suite, self.test, self.host, self.message, self.details):
             if not isinstance(text, str):
                 raise TypeError(f"{text!r} is not text")
-        for number in (result.duration_s, result.started):
-            if not isinstance(number, int | float):
+        for number in (self.duration_s, self.started):
+            if isinstance(number, bool) or not isinstance(number, int | float):
                 raise TypeError(f"{number!r} is not a number")
-        return result
+            if not 0 <= number <= _LATEST:  # false for NaN, too
+                raise ValueError(f"{number} is no time")
+        return self
 
 
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+def texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return a mapping of texts. ``AttributeError`` if it is no mapping."""
     return {str(key): str(value) for key, value in values.items()}
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from click.testing import CliRunner, Result
 
 from tdxhw.cli import cli
 from tdxhw.errors import HarnessError
+from tdxhw.history import queries
+from tdxhw.history.database import Database
 from tdxhw.history.since import Since
 from tdxhw.report import json_lines
+from tdxhw.report.results import Result as ResultOfATest
 from tdxhw.report.results import Results
 from tests.unit.history.test_queries import days
 from tests.unit.report.samples import every_kind
@@ -60,7 +64,7 @@ def test_a_file_that_is_no_results_adds_nothing_of_the_others(tmp_path: Path, db
 
 def test_runs(filled: str) -> None:
     lines = ask("runs", "--db", filled).output.splitlines()
-    assert lines[0].split() == ["run", "begun", "kernel", "host", "TDX", "module", "results", "verdict"]
+    assert lines[0].split() == ["run", "begun", "(UTC)", "kernel", "host", "TDX", "module", "results", "verdict"]
     assert lines[2].split()[:4] == ["2", "2025-10-10", "08:53", "6.18.0-rc1"]
     assert "2 FAIL, 3 PASS" in lines[2]
 
@@ -118,6 +122,32 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(filled: str, tmp_pa
     exported.write_text("mine")
     assert "no kernel 'x'" in refused("export", str(exported), "--db", filled, "--kernel", "x")
     assert exported.read_text() == "mine"
+
+
+def test_an_export_that_ends_in_the_middle_leaves_the_file_that_was_there(
+    filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an export is a baseline without half of the tests."""
+
+    def breaks(database: Database, wanted: queries.Wanted) -> Iterator[ResultOfATest]:
+        yield from list(whole(database, wanted))[:3]
+        raise KeyboardInterrupt
+
+    whole = queries.export
+    monkeypatch.setattr(queries, "export", breaks)
+    exported = tmp_path / "all.jsonl"
+    for before in (None, "mine"):
+        if before:
+            exported.write_text(before)
+        assert CliRunner().invoke(cli, ["history", "export", str(exported), "--db", filled]).exit_code != 0
+        assert (exported.read_text() if exported.exists() else None) == before
+        assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def test_more_than_there_can_be_is_no_limit(filled: str) -> None:
+    result = CliRunner().invoke(cli, ["history", "runs", "--db", filled, "--limit", "9" * 20])
+    assert result.exit_code == 2
+    assert "not in the range" in result.output
 
 
 def test_names_without_an_answer_are_refused_with_a_guess(filled: str) -> None:

@@ -1,6 +1,7 @@
 """Questions to the history and their answers. Runs on PostgreSQL in tests/lab, too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -140,6 +141,42 @@ def test_flaky_is_what_passed_and_failed_under_the_same_conditions(database: Dat
     (line,) = queries.failing(database, Wanted(), only_flaky=True)
     assert (line.test, line.kernel, line.passed, line.failed) == ("lifecycle::test_c", "6.18.0-rc1", 1, 1)
     assert queries.failing(database, Wanted(since=T0 + 2 * DAY_S), only_flaky=True) == []
+
+
+def test_runs_can_be_narrowed_like_everything_else(database: Database) -> None:
+    assert [line.id for line in queries.runs(database, Wanted(simulated=True))] == [4]
+    assert [line.id for line in queries.runs(database, Wanted(simulated=False))] == [3, 2, 1]
+    assert [line.id for line in queries.runs(database, Wanted(test="test_c", kernel="6.18*"))] == [3, 2]
+
+
+SINCE = Wanted(since=T0 + DAY_S)
+
+
+@pytest.mark.parametrize(
+    ("ask", "found"),
+    [
+        (lambda database: len(queries.runs(database, SINCE)), 3),
+        (lambda database: len(queries.of_test(database, replace(SINCE, test="test_c"))), 4),
+        (lambda database: sum(sum(one.counts.values()) for one in queries.environments(database, SINCE)), 11),
+        (lambda database: len(queries.failing(database, SINCE)), 2),
+        (lambda database: len(queries.failing(database, SINCE, only_flaky=True)), 1),
+        (lambda database: len(list(queries.export(database, SINCE))), 11),
+    ],
+    ids=["runs", "test", "environments", "failing", "flaky", "export"],
+)
+def test_every_question_can_be_about_the_runs_since_then(
+    database: Database, ask: Callable[[Database], int], found: int
+) -> None:
+    assert ask(database) == found
+
+
+def test_a_kernel_that_was_mended_and_built_again_has_no_flaky_test(where: str) -> None:
+    broken, mended = (SPR | {"kernel": "7.2.13-mine", "build_id": build} for build in ("aa", "bb"))
+    with History.open(where) as history:
+        history.add(RunRecord(), Results((result(status=FAIL, provenance=broken, started=T0),)))
+        history.add(RunRecord(), Results((result(provenance=mended, started=T0 + 1),)))
+        assert queries.failing(history.database, Wanted(), only_flaky=True) == []
+        assert len(queries.failing(history.database, Wanted(kernel="7.2.13-mine"))) == 1
 
 
 def test_a_test_over_kernels(database: Database) -> None:

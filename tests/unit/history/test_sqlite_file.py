@@ -141,7 +141,8 @@ def test_a_question_makes_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "url",
     ["postgresql://me:s3cret@127.0.0.1:1/history", "postgres://me:s3cret@127.0.0.1:1/h?connect_timeout=2",
-     "mysql://me:s3cret@host/history", "postgresql://me:s3cret@[::1/x", "nonsense://s3cret@"],
+     "mysql://me:s3cret@host/history", "postgresql://me:s3cret@[::1/x", "nonsense://s3cret@",
+     "postgresql://me:p@s3cret@127.0.0.1:1/history", "postgresql:/me:s3cret@127.0.0.1/history"],
 )  # fmt: skip
 def test_a_password_in_a_url_is_never_shown(url: str) -> None:
     told = refused(url)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,7 +64,7 @@ def test_any_results_come_back_in_their_order_and_each_once(places: Callable[[],
     where = places()
 
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(st.lists(RESULTS, min_size=1, max_size=6))
+    @given(st.lists(RESULTS.map(_of_its_own), min_size=1, max_size=6))
     def comes_back(results: list[Result]) -> None:
         before = kept(where)
         (added,) = add(where, Results(tuple(results)))
@@ -77,6 +78,11 @@ def test_any_results_come_back_in_their_order_and_each_once(places: Callable[[],
 
     add(where, Results((result(),)))
     comes_back()
+
+
+def _of_its_own(one: Result) -> Result:
+    """Return the result; a lost test says no longer when it began, so that no other result is its end."""
+    return replace(one, started=0.0) if one.status is Status.MISS else one
 
 
 def _hashable(one: Result) -> tuple[object, ...]:
@@ -100,9 +106,72 @@ def test_a_run_is_known_in_whatever_company_it_comes(where: str) -> None:
     assert sorted(r.started for r in kept(where)) == [1.7e9 + number for number in range(30)]
 
 
+def test_several_known_runs_together_are_no_further_run(where: str) -> None:
+    one, other = numbered(0, 3), numbered(10, 13)
+    *_, added = add(where, one, other, merge([one, other]))
+    assert (added.new, added.known) == (0, 6)
+    with History.open(where) as history:
+        assert [run.counts for run in queries.runs(history.database)] == [{"PASS": 3}, {"PASS": 3}]
+
+
 def test_a_log_that_has_grown_continues_its_run(where: str) -> None:
     first, second = add(where, numbered(0, 10), numbered(0, 25))
     assert second == Added(first.run_id, 15, 10)
+
+
+def test_two_runs_with_the_same_result_without_a_beginning_stay_two(where: str) -> None:
+    broken = result(suite="own", test="(collection)", status=Status.ERROR, started=0.0, message="ImportError: x")
+    runs = [Results((broken, *numbered(first, first + 3).results)) for first in (0, 10)]
+    first, second, again = add(where, *runs, runs[1])
+    assert first.run_id != second.run_id == again.run_id
+    assert again == Added(second.run_id, 0, 4)
+
+
+def test_a_run_of_which_nothing_says_when_it_began_is_known_again(where: str) -> None:
+    undated = Results((result(started=0.0), result(test="test_other", started=0.0)))
+    first, again = add(where, undated, undated)
+    assert again == Added(first.run_id, 0, 2)
+
+
+# A log that grows: its last test was running at first.
+LOST = result(test="test_last", status=Status.MISS, duration_s=0.0, started=1.7e9 + 99, message="the run ended")
+CAME_TO_ITS_END = replace(LOST, status=Status.PASS, duration_s=0.25, message="")
+
+
+def grown(last: Result, *others: Result) -> Results:
+    return Results((*numbered(0, 3).results, last, *others))
+
+
+def test_a_test_that_a_growing_log_had_lost_is_no_longer_lost(where: str) -> None:
+    first, second = add(where, grown(LOST), grown(CAME_TO_ITS_END))
+    assert second == Added(first.run_id, 1, 3)
+    assert [one.status for one in kept(where)] == [Status.PASS] * 4
+
+
+def test_a_run_of_which_only_a_lost_test_was_known_goes_on(where: str) -> None:
+    first, second = add(where, Results((LOST,)), grown(CAME_TO_ITS_END))
+    assert second == Added(first.run_id, 4, 0)
+    with History.open(where) as history:
+        (run,) = queries.runs(history.database)
+    assert run.counts == {"PASS": 4}
+
+
+def test_an_older_copy_of_a_log_loses_no_test_again(where: str) -> None:
+    first, second, third = add(where, grown(CAME_TO_ITS_END), grown(LOST), Results((LOST,)))
+    assert second == Added(first.run_id, 0, 4)
+    assert third == Added(first.run_id, 0, 1)
+    assert Status.MISS not in {one.status for one in kept(where)}
+
+
+def test_both_copies_of_a_log_at_once_lose_no_test(where: str) -> None:
+    add(where, grown(LOST, CAME_TO_ITS_END))
+    assert Status.MISS not in {one.status for one in kept(where)}
+
+
+@pytest.mark.parametrize("other", [{"started": 1.7e9 + 100}, {"host": "gnr-01"}, {"test": "test_other"}])
+def test_a_lost_test_stays_lost_whatever_became_of_another(where: str, other: dict[str, Any]) -> None:
+    add(where, grown(LOST), grown(replace(CAME_TO_ITS_END, **other)))
+    assert [one.test for one in kept(where) if one.status is Status.MISS] == ["test_last"]
 
 
 def test_a_verdict_comes_to_the_run_that_is_known_already(where: str) -> None:

@@ -132,6 +132,15 @@ def test_what_else_differs_is_shown() -> None:
     }
 
 
+def test_another_build_of_the_same_release_is_shown() -> None:
+    before, after = SPR | {"build_id": "aa"}, SPR | {"build_id": "bb"}
+    assert compare(run(PASS, provenance=before), run(PASS, provenance=after)).conditions == {
+        "build_id": (("aa",), ("bb",))
+    }
+    newer = after | {"kernel": "7.3.0"}  # whose build id is another of course
+    assert set(compare(run(PASS, provenance=before), run(PASS, provenance=newer)).conditions) == {"kernel"}
+
+
 def test_a_test_that_became_much_slower_is_told() -> None:
     base, new = Results((result(duration_s=0.5),)), Results((result(duration_s=5.0),))
     assert compare(base, new).entries[0].slowdown == pytest.approx(10)
@@ -204,6 +213,20 @@ def test_a_retry_given_with_the_run_saves_it(files: dict[str, str]) -> None:
     assert "flaky" in done.output
 
 
+def test_a_comparison_of_no_common_test_is_an_error(files: dict[str, str]) -> None:
+    other = Path(files["pass"]).with_name("other")
+    other.write_text(json_lines.render(Results((result(test="another"),))))
+    done = CliRunner().invoke(compare_command, [files["pass"], str(other)])
+    assert isinstance(done.exception, ReportError)
+    assert "nothing was compared" in str(done.exception)
+
+
+def test_in_a_pipe_a_long_name_is_whole(files: dict[str, str], tmp_path: Path) -> None:
+    name = "test_" + "with_a_long_name_" * 8 + "[with-a-long-parameter]"
+    (tmp_path / "long").write_text(json_lines.render(Results((result(), result(test=name)))))
+    assert name in CliRunner().invoke(compare_command, [files["pass"], str(tmp_path / "long")]).output
+
+
 @pytest.mark.parametrize(("base", "new"), [("sim", "pass"), ("none", "pass"), ("pass", "none")])
 def test_what_cannot_be_compared_is_an_error(files: dict[str, str], base: str, new: str) -> None:
     done = CliRunner().invoke(compare_command, [files[base], files[new]])
@@ -218,3 +241,16 @@ def test_the_comparison_goes_into_the_step_summary(
     text = (tmp_path / "summary.md").read_text()
     assert text.startswith("## tdxhw compare: ❌ 1 regressed")
     assert "| regression | lifecycle::test\\_td\\_is\\_created | mainline spr-01 |" in text
+
+
+def test_what_a_guest_printed_does_not_reach_the_terminal(tmp_path: Path) -> None:
+    escape = "\x1b[2J\x1b]0;title\x07"
+    given = []
+    for name, status in (("base", Status.PASS), ("new", Status.FAIL)):
+        provenance = {"kernel": f"{name}{escape}", "dialect": escape}
+        one = result(test=f"test_x{escape}", host=f"h{escape}", status=status, provenance=provenance, message=escape)
+        given.append(tmp_path / f"{name}.jsonl")
+        given[-1].write_text(json_lines.render(Results((one,))))
+    said = CliRunner().invoke(compare_command, [str(path) for path in given]).output
+    assert "regression  lifecycle::test_x\\x1b[2J" in said
+    assert not {"\x1b", "\x07"} & set(said)

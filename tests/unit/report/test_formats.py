@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -260,6 +261,29 @@ def test_the_command_without_options_counts(tmp_path: Path) -> None:
     done = CliRunner().invoke(report, [str(source)])
     assert done.output == "8 results: 2 FAIL, 1 ERROR, 1 MISS, 2 PASS, 1 XFAIL, 1 SKIP\n"
     assert CliRunner().invoke(report, [str(source), "--ktap", "-"]).output.startswith("KTAP version 1\n")
+
+
+def test_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
+    source, pipe = tmp_path / "run.jsonl", tmp_path / "pipe"
+    source.write_text(json_lines.render(every_kind()))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        done = CliRunner().invoke(report, [str(source), "--ktap", str(pipe)])
+        assert done.exit_code == 0, done.output
+        assert pipe.is_fifo()
+        assert os.read(reader, 1 << 16).startswith(b"KTAP version 1\n")
+    finally:
+        os.close(reader)
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    source, link = tmp_path / "run.jsonl", tmp_path / "latest.ktap"
+    source.write_text(json_lines.render(every_kind()))
+    link.symlink_to(tmp_path / "today.ktap")
+    assert CliRunner().invoke(report, [str(source), "--ktap", str(link)]).exit_code == 0
+    assert link.is_symlink()
+    assert (tmp_path / "today.ktap").read_text().startswith("KTAP version 1\n")
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

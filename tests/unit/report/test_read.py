@@ -13,7 +13,7 @@ from tdxhw.report import json_lines
 from tdxhw.report.errors import ReportError
 from tdxhw.report.read import read, read_all
 from tdxhw.report.results import Result, Results, Status
-from tests.unit.report.samples import every_kind
+from tests.unit.report.samples import SIM, every_kind, result
 
 SUITE = '''
 """A suite with one test of each kind."""
@@ -131,6 +131,68 @@ def test_a_log_without_its_end_is_noted(log: Path, tmp_path: Path) -> None:
     assert read(log).notes == ()
 
 
+def test_provenance_is_text_whatever_wrote_the_file(tmp_path: Path) -> None:
+    one = {"suite": "a", "test": "b", "host": "h", "outcome": "passed", "duration_s": 1, "reason": "", "details": "",
+           "provenance": {"kernel": 6.18, "microcode": None}}  # fmt: skip
+    document = tmp_path / "run.json"
+    document.write_text(json.dumps({"started": 5, "results": [one]}))
+    start = {"$report_type": "SessionStart", "hosts": {"h": one["provenance"]}}
+    phase = {"$report_type": "TestReport", "nodeid": "a.py::b[h]", "when": "teardown", "outcome": "passed",
+             "duration": 1, "longrepr": None, "user_properties": []}  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    log.write_text(f"{json.dumps(start)}\n{json.dumps(phase)}\n")
+    for path in (document, log):
+        (result,) = read(path).results
+        assert result.provenance == {"kernel": "6.18", "microcode": "None"}
+
+
+@pytest.mark.parametrize("tail", [b"\x00" * 4096, b'{"$report_type": "Te\xff\xfe'], ids=["zeros", "no_text"])
+def test_what_a_power_cut_leaves_behind_the_last_line_costs_no_result(log: Path, tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]) + tail)
+    assert len(read(path).results) == len(read(log).results)
+    assert read(path).notes == (f"{path} ends in the middle of a line: the run was cut off",)
+
+
+def report_log(path: Path, *records: dict[str, object]) -> Path:
+    hosts = {"6.18": SIM | {"profile": "6.18"}, "7.3": SIM | {"profile": "7.3"}}
+    records = ({"$report_type": "SessionStart", "start": 1.7e9, "hosts": hosts}, *records)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_test_that_took_the_machine_down_in_its_set_up_is_lost(tmp_path: Path) -> None:
+    begun: dict[str, object] = {"$report_type": "TestStart", "nodeid": "test_mmu.py::test_x[7.3]", "start": 5.0}
+    (lost,) = read(report_log(tmp_path / "log.jsonl", begun)).results
+    assert (lost.name, lost.host, lost.status, lost.started) == ("mmu::test_x", "7.3", Status.MISS, 5.0)
+    assert "start was its last sign of life" in lost.message
+
+    report = {"$report_type": "TestReport", "outcome": "passed", "duration": 1.0, "start": 5.1, "longrepr": None}
+    phases = [begun | report | {"when": when, "user_properties": []} for when in ("setup", "call", "teardown")]
+    (ended,) = read(report_log(tmp_path / "log.jsonl", begun, *phases)).results
+    assert (ended.status, ended.started, ended.duration_s) == (Status.PASS, 5.0, 3.0)
+
+
+def test_a_suite_that_cannot_be_read_is_of_the_backend_it_was_to_run_on(tmp_path: Path) -> None:
+    broken: dict[str, object] = {
+        "$report_type": "CollectReport", "nodeid": "test_own.py", "outcome": "failed", "longrepr": "E  ImportError: x",
+    }  # fmt: skip
+    (result,) = read(report_log(tmp_path / "log.jsonl", broken)).results
+    assert (result.status, result.host, result.is_simulated) == (Status.ERROR, "", True)
+    assert result.started == 1.7e9  # so that the history knows it from that of another run
+    assert result.provenance["tdxhw"] == SIM["tdxhw"]
+    assert "profile" not in result.provenance  # it is not the same on all of its hosts
+
+
+@pytest.mark.parametrize("line_separator", ["\u2028", "\x85"])
+def test_a_line_ends_where_json_lines_end(tmp_path: Path, line_separator: str) -> None:
+    one = result(message=f"a{line_separator}b")
+    path = tmp_path / "a.jsonl"
+    escaped = json.dumps(one.to_json(), ensure_ascii=False)  # as jq writes it
+    path.write_text(escaped + "\n", encoding="utf-8")
+    assert read(path).results == (one,)
+
+
 def test_the_document_of_run_json_is_read(tmp_path: Path) -> None:
     one = {"suite": "lifecycle", "test": "test_x", "host": "mainline", "outcome": "error", "duration_s": 1.5,
            "reason": "why", "details": "trace", "provenance": {"backend": "sim"}}  # fmt: skip
@@ -144,6 +206,7 @@ def test_the_document_of_run_json_is_read(tmp_path: Path) -> None:
     assert results.notes == (f"{path}: the run was interrupted",)
 
 
+ONE_LINE = '{"suite": "a", "test": "b", "host": "", "status": "PASS", "provenance": {}, %s}\n'
 BROKEN = {
     "empty": ("", "empty: the run wrote no result"),
     "not_json": ("hello\n", ":1: not JSON"),
@@ -153,6 +216,15 @@ BROKEN = {
     "unknown_status": ('{"suite": "a", "test": "b", "host": "", "status": "GOOD", "provenance": {}}\n', "not a result"),
     "wrong_type": ('{"suite": 1, "test": "b", "host": "", "status": "PASS", "provenance": {}}\n', "not a result"),
     "incomplete_report": ('{"$report_type": "TestReport", "nodeid": "x", "when": "teardown"}\n', ":1: not a result"),
+    "no_time": (ONE_LINE % '"started": Infinity', "not a result: ValueError('inf is no time')"),
+    "no_duration": (ONE_LINE % '"duration_s": NaN', "not a result: ValueError('nan is no time')"),
+    "no_date": (ONE_LINE % '"started": 1e18', "is no time"),
+    "before_time": (ONE_LINE % '"started": -1', "is no time"),
+    "a_truth": (ONE_LINE % '"started": true', "True is not a number"),
+    "too_many_digits": ('{"suite": ' + "9" * 5000 + "}\n", ":1: not a result: ValueError"),
+    "too_deep": ("[" * 100_000 + "\n", ":1: not a result: RecursionError"),
+    "a_document_without_an_end": ('{"results": ' + "[" * 100_000, ":1: not a result: RecursionError"),
+    "no_name": ('{"$report_type": "CollectReport", "nodeid": null, "outcome": "failed"}\n', ":1: not a result"),
     "wrong_document": ('{"results": [{}]}', "not what `tdxhw run --json` prints"),
 }
 

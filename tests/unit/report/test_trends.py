@@ -110,6 +110,14 @@ def test_a_test_that_did_not_run_is_no_failure() -> None:
     assert [cell.told for cell in row.cells] == ["6.1.0: failed", "6.2.0: did not run"]
 
 
+def test_where_no_test_passed_under_every_kernel_the_page_says_why_there_are_no_durations() -> None:
+    gaps = trends("hardware", ["h"], {"6.1.0": {"a::x": passed()}, "6.2.0": {"a::y": passed()}})
+    assert [chart.name for chart in gaps.charts] == ["pass rate"]
+    assert "there are no durations to compare" in html.render(every_kind(), trends=[gaps])
+    shared = trends("hardware", ["h"], {"6.1.0": {"a::x": passed()}, "6.2.0": {"a::x": passed()}})
+    assert "there are no durations to compare" not in html.render(every_kind(), trends=[shared])
+
+
 def test_kernels_of_the_page_that_the_history_does_not_have_are_named() -> None:
     found = trends("hardware", ["h"], {"6.1.0": {"a::x": passed()}}, ["6.1.0", "6.10.0", "6.9.0"])
     assert found.missing == ("6.9.0", "6.10.0")
@@ -117,7 +125,7 @@ def test_kernels_of_the_page_that_the_history_does_not_have_are_named() -> None:
 
 
 POINTS = st.dictionaries(
-    st.text(max_size=20) | st.sampled_from(IN_ORDER) | st.just(NASTY),
+    st.text(max_size=20) | st.sampled_from(IN_ORDER) | st.sampled_from([NASTY, "9" * 5000, "6.1-rc" + "9" * 5000]),
     st.dictionaries(
         st.sampled_from(["a::x", "a::y", NASTY]),
         st.builds(
