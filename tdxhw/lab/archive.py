@@ -70,7 +70,13 @@ def _our_files() -> Iterator[tuple[str, bytes]]:
 def build() -> Archive:
     """Return the archive. ``HarnessError`` if something in it is not pure Python."""
     seen: dict[str, Distribution] = {}
-    for line in distribution("tdxhw").requires or ():
+    try:
+        ours = distribution("tdxhw")
+    except PackageNotFoundError as error:
+        raise HarnessError(
+            "this tdxhw was never installed, so it cannot be packed: pip install one and use that"
+        ) from error
+    for line in ours.requires or ():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             _needed(requirement.name, seen)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tdxhw.console import table_console
 from tdxhw.lab import inventory
 from tdxhw.lab.console.cli import console, findings
 from tdxhw.lab.errors import HostKeyRefused, InventoryError
@@ -32,8 +32,8 @@ host:
   labels: []                 # hosts with equal labels share a run: --on lab:label=LABEL
   # limits: {{memory_gib: 64, run_timeout_s: 3600, test_timeout_s: 120, tds: 16}}
   # expects: {{kernel: "6.*", module: 1.5.16}}
-  # power: {{driver: redfish, url: "https://bmc-{name}", credentials_env: BMC_USER_AND_PASSWORD}}
-  # console: {{driver: ipmi-sol, address: bmc-{name}}}
+  # power: {{driver: redfish, url: "https://bmc-{host}", credentials_env: BMC_USER_AND_PASSWORD}}
+  # console: {{driver: ipmi-sol, address: bmc-{host}}}
 """
 
 
@@ -74,8 +74,8 @@ def list_(expression: str | None, labs: Path, *, as_json: bool, ansible: bool) -
     for host in hosts:
         power, console = (driver.driver if driver else "-" for driver in (host.power, host.console))
         cells = (host.name, str(host.ssh), " ".join(host.promises), " ".join(host.labels), power, console)
-        table.add_row(*(Text(cell or "-") for cell in cells))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(cell or "-", overflow="fold") for cell in cells))
+    table_console().print(table)
 
 
 def _ansible_inventory(hosts: list[Host], labs: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _ansible_inventory(hosts: list[Host], labs: Path) -> dict[str, Any]:
     } | {group: {"hosts": members} for group, members in labels.items()}
 
 
-@lab.command("archive")
+@lab.command("archive", short_help="Pack tdxhw for a host without internet.")
 @click.option(
     "--folder", type=click.Path(path_type=Path, file_okay=False), help="Where to write it; the cache if not given."
 )
@@ -146,7 +146,7 @@ def _in_words(value: object) -> str:
             return str(value)
 
 
-@lab.command("check")
+@lab.command("check", short_help="Check every lab file.")
 @labs_option
 def check(labs: Path) -> None:
     """Check every lab file; the first thing wrong is shown with its file and line."""
@@ -170,7 +170,7 @@ def status(ctx: click.Context, expression: str, labs: Path, ssh_config: Path | N
     ctx.exit(show_status(expression, labs, ssh_config, as_json=as_json))
 
 
-@lab.command("trust")
+@lab.command("trust", short_help="Show the host key of a host, and record it.")
 @click.argument("name")
 @click.option("--fingerprint", metavar="SHA256:...", help="Record the key only if it is this one; asks nothing.")
 @click.option("--replace", is_flag=True, help="Record it although another key is known.")
@@ -206,6 +206,13 @@ def _ask_whether_right(name: str) -> None:
     raise HostKeyRefused(f"{name}: nobody said that the key is right: nothing was recorded (--fingerprint says it)")
 
 
+def _quoted(name: str) -> str:
+    """Return it as text in YAML, where `123` and `no` are something else."""
+    import yaml
+
+    return name if isinstance(yaml.safe_load(name), str) else json.dumps(name)
+
+
 @lab.command("init")
 @click.argument("name")
 @click.option("--ssh", default=None, help="Where ssh goes; the host's name if not given.")
@@ -219,7 +226,7 @@ def init(name: str, ssh: str | None, labs: Path) -> None:
     labs.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(_NEW_HOST.format(name=name, ssh=json.dumps(ssh or name)))
+            file.write(_NEW_HOST.format(name=_quoted(name), host=name, ssh=json.dumps(ssh or name)))
     except FileExistsError:
         raise InventoryError(f"{path} is already there") from None
     try:

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Final, Self
 
 from tdxhw.lab.errors import ConnectionLost, HostKeyRefused, LabUnreachable, RemoteFailed
 from tdxhw.lab.hosts import Host
+from tdxhw.lab.shell_command import Lines, after_mark, for_any_shell
 
 try:
     import paramiko
@@ -30,14 +32,19 @@ except ImportError as missing:
     raise LabUnreachable("lab hosts are reached with Fabric: pip install 'tdxhw[lab]'") from missing
 
 CONNECT_TIMEOUT_S: Final = 15
+_TIMEOUTS: Final = ("banner_timeout", "auth_timeout", "channel_timeout")  # without the last it is an hour
 SILENCE_S: Final = 30.0
 """After this long without a sign of life, each side takes the other for lost [s]."""
 
 TIME_LIMIT: Final = 124
 LOST: Final = 125
 _HEARTBEAT_S: Final = SILENCE_S / 6
+_DEAF: Final = 3  # times SILENCE_S: a busy host may be late with its signs of life
 _GRACE_S: Final = 25.0  # what the supervisor may need to end a command, on top of its limit
 _POLL_S: Final = 0.02
+_SLOWEST: Final = 250_000  # [bytes/s] of an upload: kernels with debug information are a gigabyte
+_GOING_DOWN: Final = (128 + signal.SIGTERM, 128 + signal.SIGHUP)  # what ends commands when a host shuts down
+_BY_SIGNAL: Final = {128 + number: number.name for number in signal.Signals if number < 32}
 
 # Its tracebacks about hosts that are not up yet tell nothing that our errors do not.
 logging.getLogger("paramiko.transport").setLevel(logging.CRITICAL)
@@ -102,9 +109,15 @@ class Session:
     # ---- commands ----
 
     def run(self, command: str, *, stdin: bytes = b"", timeout_s: float = 60) -> Completed:
-        """Run a short shell command. `timeout_s` [s] is enforced on the host, by timeout(1)."""
-        bounded = f"timeout -k 5 {timeout_s} sh -c {shlex.quote(command)}"
-        channel = self._channel(bounded)
+        """Run a short shell command, in sh whatever the login shell is. `timeout_s` [s] is enforced on the host.
+
+        One that a signal ended has no exit code: ``ConnectionLost`` if the host seems to go down, else
+        ``RemoteFailed``.
+        """
+        # `exit`: sh outlives timeout(1) and says by which signal it ended; of sshd's own word for that paramiko tells
+        # nothing.
+        began = time.monotonic()
+        channel = self._channel(f"timeout -k 5 {timeout_s} sh -c {shlex.quote(command)}; exit $?")
         try:
             self._feed(channel, stdin)
             done = self._collect(channel, time.monotonic() + timeout_s + _GRACE_S)
@@ -112,8 +125,13 @@ class Session:
             raise self._lost(error) from error
         finally:
             channel.close()
-        if done.exit_code in (TIME_LIMIT, 137):
+        is_late = time.monotonic() - began >= timeout_s  # timeout(1) kills what does not end by itself
+        if done.exit_code == TIME_LIMIT or (is_late and done.exit_code == 128 + signal.SIGKILL):
             raise RemoteFailed(f"{self.host.name}: still running after {timeout_s:g} s: {command[:100]}")
+        if done.exit_code in _GOING_DOWN:
+            raise self._lost(None, f"{_BY_SIGNAL[done.exit_code]} ended the command: is the host going down?")
+        if done.exit_code in _BY_SIGNAL:
+            raise RemoteFailed(f"{self.host.name}: {_BY_SIGNAL[done.exit_code]} ended there: {command[:100]}")
         return done
 
     def check(self, command: str, *, stdin: bytes = b"", timeout_s: float = 60, what: str = "") -> str:
@@ -161,9 +179,10 @@ class Session:
         """
         source = files("tdxhw.lab.remote").joinpath("supervise.py").read_text(encoding="utf-8")
         head = ["python3", "-c", source, str(limit_s), str(SILENCE_S), follow, str(offset), "--"]
-        channel = self._channel(shlex.join([*head, *argv]))
-        lines, console = _Lines(on_line), _Lines(on_console)
-        deadline = time.monotonic() + limit_s + _GRACE_S
+        channel = self._channel("exec " + shlex.join([*head, *argv]))
+        lines, console = Lines(on_line), Lines(on_console)
+        heard = time.monotonic()
+        deadline = heard + limit_s + _GRACE_S
         beat = 0.0
         stopping = False
         try:
@@ -174,8 +193,11 @@ class Session:
                 if has_ended and not busy:
                     break
                 now = time.monotonic()
+                heard = now if busy else heard
                 if now > deadline or not self._is_active():
                     raise self._lost(None)
+                if now - heard > _DEAF * SILENCE_S:  # what is between us, a jump host, may acknowledge for a dead host
+                    raise self._lost(None, f"no sign of life for {_DEAF * SILENCE_S:g} s")
                 if not stopping and stop():
                     stopping = True
                     channel.shutdown_write()  # the supervisor takes it for a lost connection
@@ -191,6 +213,8 @@ class Session:
             channel.close()
         if channel.exit_status == -1 or (channel.exit_status == LOST and not stopping):
             raise self._lost(None)
+        if not lines.begun:
+            raise self._never_began(lines.before + console.before)
         lines.flush()
         console.flush()
         return channel.exit_status
@@ -198,12 +222,13 @@ class Session:
     def upload(self, data: bytes, path: str) -> None:
         """Write a file on the host, whole or not at all. A full disk is a ``RemoteFailed``."""
         quoted = shlex.quote(path)
+        limit_s = 300 + len(data) / _SLOWEST
         # mktemp: two uploads of one file do not write into each other's.
         self.check(
-            f"set -e; mkdir -p $(dirname {quoted}); t=$(mktemp {quoted}.XXXXXX); trap 'rm -f $t' EXIT; "
-            f"cat >$t; sync $t; mv $t {quoted}",
+            f'set -e; mkdir -p "$(dirname {quoted})"; t=$(mktemp {quoted}.XXXXXX); trap \'rm -f "$t"\' EXIT; '
+            f'cat >"$t"; sync "$t"; mv "$t" {quoted}; sync "$(dirname {quoted})"',
             stdin=data,
-            timeout_s=300,
+            timeout_s=limit_s,
             what=f"writing {path}",
         )
 
@@ -220,7 +245,7 @@ class Session:
         watchdog.start()
         try:
             channel: paramiko.Channel = transport.open_session(timeout=CONNECT_TIMEOUT_S)
-            channel.exec_command(command)
+            channel.exec_command(for_any_shell(command))
         except (OSError, EOFError, paramiko.SSHException) as error:
             raise self._lost(error) from error
         finally:
@@ -260,41 +285,29 @@ class Session:
                 time.sleep(_POLL_S)
         if channel.exit_status == -1:  # no exit status came: the connection ended, not the command
             raise self._lost(None)
-        return Completed(channel.exit_status, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace"))
+        mine = after_mark(stdout)
+        if mine is None:
+            raise self._never_began(stdout + stderr)
+        also = after_mark(stderr)
+        said = stderr if also is None else also
+        return Completed(channel.exit_status, mine.decode("utf-8", "replace"), said.decode("utf-8", "replace"))
 
-    def _lost(self, error: BaseException | None) -> ConnectionLost:
-        why = f" ({_reason(error)})" if error is not None and str(error) else ""
-        return ConnectionLost(f"{self.host.name}: the connection is lost{why}")
+    def _lost(self, error: BaseException | None, why: str = "") -> ConnectionLost:
+        if error is not None and str(error):
+            why = _reason(error)
+        return ConnectionLost(f"{self.host.name}: the connection is lost{f' ({why})' if why else ''}")
+
+    def _never_began(self, said: bytes | bytearray) -> RemoteFailed:
+        lines = said.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+        return RemoteFailed(
+            f"{self.host.name}: its login shell runs no commands for us ({lines[-1].strip()[:200]}); "
+            f"`ssh {self.host.ssh} true` has to work"
+        )
 
 
 def _has_ended(channel: paramiko.Channel) -> bool:
     """Whether nothing more will arrive. To be asked before what arrived is taken, else the last of it is missed."""
     return bool(channel.exit_status_ready() and channel.eof_received)
-
-
-class _Lines:
-    """Splits what arrives into lines."""
-
-    def __init__(self, use: Callable[[str], None] | None) -> None:
-        self._use = use
-        self._partial = b""
-
-    def take(self, receive: Callable[[int], bytes], *, ready: bool) -> bool:
-        """Take in what is there; tell whether there was something."""
-        if not ready:
-            return False
-        data = receive(65536)
-        *whole, self._partial = (self._partial + data).split(b"\n")
-        for line in whole:
-            if self._use is not None:
-                self._use(line.decode("utf-8", "replace"))
-        return bool(data)
-
-    def flush(self) -> None:
-        """Hand over a last line that has no end."""
-        if self._partial and self._use is not None:
-            self._use(self._partial.decode("utf-8", "replace"))
-        self._partial = b""
 
 
 def _prepare(host: Host, labs: Path, ssh_config: Path | None) -> Connection:
@@ -307,11 +320,11 @@ def _prepare(host: Host, labs: Path, ssh_config: Path | None) -> Connection:
         user=host.ssh.user,
         port=host.ssh.port,
         config=config,
-        connect_timeout=CONNECT_TIMEOUT_S,
-        connect_kwargs={"banner_timeout": CONNECT_TIMEOUT_S, "auth_timeout": CONNECT_TIMEOUT_S},
     )
     hop: Connection | None = connection
-    while isinstance(hop, Connection):  # a jump host's key is checked like any other
+    while isinstance(hop, Connection):  # a jump host's key is checked like any other, and it has to answer in time
+        hop.connect_timeout = CONNECT_TIMEOUT_S
+        hop.connect_kwargs = dict(hop.connect_kwargs) | dict.fromkeys(_TIMEOUTS, CONNECT_TIMEOUT_S)
         configured = str(hop.ssh_config.get("userknownhostsfile", "")).split()
         host_keys.load_known(hop.client, labs, configured)
         name = host.name if hop is connection else str(hop.host)

@@ -22,6 +22,7 @@ class Credentials:
         if value is None:
             raise error(f"{whose}: the environment variable {variable} is not set: it has to hold USER:PASSWORD")
         user, colon, password = value.partition(":")
-        if not colon or not user or "\0" in value:
-            raise error(f"{whose}: the environment variable {variable} has to hold USER:PASSWORD")
+        # A line end would be part of the password: what a file holds that was read whole.
+        if not colon or not user or set(value) & set("\0\r\n"):
+            raise error(f"{whose}: the environment variable {variable} has to hold one line, USER:PASSWORD")
         return cls(user, password, variable)

@@ -15,7 +15,8 @@ for p in python3 python3.14 python3.13 python3.12 python3.11; do
   command -v $p >/dev/null || continue
   if $p -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then command -v $p; exit 0; fi
 done
-echo "no Python 3.11 or newer" >&2; exit 1
+found=$(python3 -V 2>&1) || found=none
+echo "no Python 3.11 or newer (python3 is: $found): apt-get install python3.11, dnf install python3.11" >&2; exit 1
 """
 
 
@@ -30,13 +31,13 @@ class Deployed:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The head of every command line; isolated from the user's own Python packages."""
-        return (self.python, "-I", self.folder)
+        """The head of every command line; isolated from the user's own Python packages and locale."""
+        return (self.python, "-I", "-X", "utf8", self.folder)
 
 
 def deploy(session: Session, archive: Archive) -> Deployed:
     """Unpack the archive on the host unless it is there already."""
-    python = session.check(_FIND_PYTHON).strip()
+    python = session.check(_FIND_PYTHON, what="looking for Python").strip()
     cache = session.check('echo "${XDG_CACHE_HOME:-$HOME/.cache}/tdxhw"').strip()
     folder = f"{cache}/app/{archive.digest}"
     quoted = shlex.quote(folder)

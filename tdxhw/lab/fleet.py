@@ -159,7 +159,11 @@ def run_on_lab(
                 on_note=on_line,
             )
             for host in hosts
+            if host.name in wishes
         ]
+        for host in hosts:
+            if host.name not in wishes:
+                on_line(f"{host.name}: not needed: there are fewer suites than hosts")
         interrupted = run_all(runs)
         logs = [run.log for run in runs if run.log.exists()]
         text = "".join(log.read_text(encoding="utf-8") for log in logs)
@@ -169,6 +173,7 @@ def run_on_lab(
 
 
 def _wishes(expression: str, hosts: Sequence[Host], wish: Wish) -> dict[str, Wish]:
+    """Return what each host has to do; one that has nothing to do is not in it."""
     if not expression.startswith("label=") or len(hosts) == 1:
         return {host.name: wish for host in hosts}
     from tdxhw.runner import suite_files
@@ -176,8 +181,8 @@ def _wishes(expression: str, hosts: Sequence[Host], wish: Wish) -> dict[str, Wis
     files = suite_files()
     suites = wish.suites or tuple(files)
     dealt = deal(suites, [host.name for host in hosts], measured_durations())
-    if wish.suites:
-        return {name: wish.with_suites(mine) for name, mine in dealt.items()}
+    if wish.suites:  # a wish without suites would be one for all of them
+        return {name: wish.with_suites(mine) for name, mine in dealt.items() if mine}
     # Not named: a suite that nobody asked for by name may skip where the host cannot run it.
     everything = {suite: files[suite].name for suite in suites}
     return {

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tdxhw.console import table_console
 from tdxhw.lab.fleet import FleetRun, run_on_lab
 from tdxhw.lab.host_run import Wish
 from tdxhw.report import junit as junit_xml
@@ -36,7 +37,7 @@ def run_fleet(
     if as_json:
         click.echo(json.dumps(fleet.as_json(), indent=1))
     else:
-        _show(Console(highlight=False), fleet)
+        _show(table_console(), fleet)
     for problem in fleet.problems:
         click.echo(f"tdxhw: {problem}", err=True)
     return fleet.exit_code

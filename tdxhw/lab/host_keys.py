@@ -5,9 +5,11 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Final
 
 import paramiko
+from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
 
 from tdxhw.lab.errors import HostKeyRefused
 
@@ -52,11 +54,30 @@ def load_known(client: paramiko.SSHClient, labs: Path, configured: Iterable[str]
     """Load our known_hosts, those of ssh's configuration (``UserKnownHostsFile``), the user's and the system's."""
     paths = [labs / OURS, *(Path(path) for path in configured), *_SYSTEM]
     for path in dict.fromkeys(path.expanduser() for path in paths):
-        if path.is_file():
-            try:
-                client.load_system_host_keys(os.fspath(path))
-            except (OSError, paramiko.SSHException) as error:
-                raise HostKeyRefused(f"{path}: cannot be read as known hosts: {error}") from error
+        try:
+            if path.is_file():
+                _load(client, path)
+        except (OSError, paramiko.SSHException) as error:
+            raise HostKeyRefused(f"{path}: cannot be read as known hosts: {error}") from error
+
+
+def _load(client: paramiko.SSHClient, path: Path) -> None:
+    """Load one file. As in ssh(1), a line that is broken counts for nothing; nor does one with a revoked key."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    revoked = {words[3] for words in lines if words[:1] == ["@revoked"] and len(words) > 3}
+    with NamedTemporaryFile("w", encoding="utf-8") as good:  # paramiko reads files only, and of them none with an error
+        good.writelines(" ".join(words[:3]) + "\n" for words in lines if _is_entry(words) and words[2] not in revoked)
+        good.flush()
+        client.load_system_host_keys(good.name)
+
+
+def _is_entry(words: list[str]) -> bool:
+    if len(words) < 3 or words[0].startswith(("#", "@")):
+        return False
+    try:
+        return HostKeyEntry.from_line(" ".join(words[:3])) is not None
+    except (InvalidHostKey, paramiko.SSHException, ValueError):
+        return False
 
 
 def record(labs: Path, known_name: str, key: paramiko.PKey, *, replace: bool) -> Path:

@@ -10,6 +10,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -24,16 +25,18 @@ from tdxhw.lab.errors import ConnectionLost, LabUnreachable, RemoteFailed
 from tdxhw.lab.hosts import Host
 from tdxhw.lab.labgrid_place import LabgridPlace
 from tdxhw.lab.lease import Lease
+from tdxhw.lab.went_down import POWER_WENT_AGAIN, REBOOTED
 from tdxhw.report.results import Result, Status
 
 RECONNECT_S: Final = 300.0  # a server's firmware takes its time to boot [s]
 _RECONNECT_EVERY_S: Final = 3.0
 _BOOT_ID: Final = "cat /proc/sys/kernel/random/boot_id"
 _LAST_WORDS: Final = (  # of the kernel that went down, where the host keeps them
-    "cat /sys/fs/pstore/dmesg-* 2>/dev/null | tail -n 40 || :; journalctl -k -b -1 -n 40 --no-pager 2>/dev/null || :"
+    "cat /sys/fs/pstore/dmesg-* 2>/dev/null | tail -n 40 || :; "
+    # where systemd-pstore moves them as the next kernel boots
+    "find /var/lib/systemd/pstore -name dmesg.txt -mmin -60 -exec tail -n 40 {} + 2>/dev/null || :; "
+    "timeout 20 journalctl -k -b -1 -n 40 --no-pager 2>/dev/null || :"
 )
-REBOOTED: Final = "the host rebooted during this test"
-POWER_WENT_AGAIN: Final = "the host's power went off during this test, a second time"
 _RUNS: Final = 5  # a host that loses its connection more often is lost
 
 
@@ -87,6 +90,7 @@ class HostRun:
     exit_code: int | None = None
     _done: dict[str, None] = field(default_factory=dict)  # node ids whose tear-down arrived, in order
     _running: dict[str, Any] | None = None  # the last report of a test whose tear-down is still to come
+    _provenance: dict[str, str] = field(default_factory=dict)  # of the host, as the last session there gave it
     _ended: bool = False
     _was_off: bool = False  # its power, since the connection was lost
     _cut_off: set[str] = field(default_factory=set)  # node ids of tests under which the power went once
@@ -105,9 +109,12 @@ class HostRun:
                     self._run_under(lease, session)
         except HarnessError as error:
             self.problem = str(error)
+        except Exception as error:  # noqa: BLE001 (of a thread that dies nobody would hear, and all would seem well)
+            self.problem = f"{self.host.name}: {type(error).__name__}: {error}"
         finally:
             if self.problem:
-                self._write(self._missing(self.problem).to_json())
+                with suppress(OSError):  # our disk is full, which is the problem
+                    self._write(self._missing(self.problem).to_json())
 
     def _lease(self, session: Session) -> Lease | LabgridPlace:
         if self.host.lease is not None:
@@ -233,13 +240,18 @@ class HostRun:
             self._running = None
             return
         self.on_note(f"{self.host.name}: rebooted during {nodeid}; it is not tried again")
-        self._fail(test, POWER_WENT_AGAIN if self._was_off else REBOOTED, session.run(_LAST_WORDS).stdout)
+        try:
+            last_words = session.run(_LAST_WORDS).stdout
+        except RemoteFailed as error:  # what the test did is known without them
+            last_words = str(error)
+        self._fail(test, POWER_WENT_AGAIN if self._was_off else REBOOTED, last_words)
 
     def _wait_for_the_end(self, session: Session, log: str) -> None:
         """Wait until the supervisor of the lost connection has ended the run: two must not use /dev/kvm at once."""
         pattern = shlex.quote(log.replace("/", "[/]"))  # not this command itself
         for _ in range(60):
-            if session.run(f"pgrep -f -- {pattern} >/dev/null").exit_code != 0:
+            # grep: not every host has pgrep, and one without it would look like one on which nothing runs.
+            if session.run(f"grep -sqae {pattern} /proc/[0-9]*/cmdline").exit_code != 0:
                 return
             time.sleep(1)
         raise RemoteFailed(f"{self.host.name}: the run of the lost connection does not end")
@@ -255,6 +267,10 @@ class HostRun:
             self.on_note(f"{self.host.name}: a line of its report is broken: {line[:80]!r}")
             return
         match record.get("$report_type"):
+            case "SessionStart":
+                self._provenance = next(iter(record.get("hosts", {}).values()), {})
+            case "TestStart":
+                self._running = self._begun(record)
             case "TestReport":
                 nodeid = str(record["nodeid"])
                 record["user_properties"].append(["tdxhw.host", self.host.name])
@@ -267,6 +283,23 @@ class HostRun:
             case "SessionFinish":
                 self._ended = True
         self._write(record)
+
+    def _begun(self, start: dict[str, Any]) -> dict[str, Any]:
+        """Return a report of a test of which nothing is known yet but that it has begun."""
+        properties = [[f"tdxhw.{key}", value] for key, value in self._provenance.items()]
+        return {
+            "$report_type": "TestReport",
+            "nodeid": start["nodeid"],
+            "when": "setup",
+            "outcome": "passed",
+            "longrepr": None,
+            "user_properties": [*properties, ["tdxhw.host", self.host.name]],
+            "sections": [],
+            "keywords": {},
+            "location": [str(start["nodeid"]).partition("::")[0], None, str(start["nodeid"]).partition("::")[2]],
+            "start": start.get("start", 0.0),
+            "duration": 0.0,
+        }
 
     def _fail(self, test: dict[str, Any], why: str, details: str) -> None:
         """Record what the test cannot record itself: it did not live to see it."""

@@ -24,6 +24,7 @@ _ENVIRONMENT_VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
 _SSH_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VERSION: Final = re.compile(r"\d+(?:\.\d+)+")
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+_HAS_SECRET: Final = "carries a password; ssh keys and agents are taken from ssh's own configuration"  # noqa: S105
 _RESERVED_NAMES: Final = frozenset({"all", "auto", "local", "sim"})
 _SECRET_KEYS: Final = frozenset({"password", "passwd", "passphrase", "secret", "token", "private_key", "key", "pin"})
 
@@ -36,9 +37,13 @@ CapabilityCheck = Callable[[str], object]
 
 def _url(value: Located) -> str:
     text = value.text()
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        value.fail(f"{value.what} has to be an http(s) URL")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # its message may quote a password
+        value.fail(f"{value.what} has to be an http(s) URL, https://HOST or https://HOST:PORT")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        value.fail(f"{value.what} has to be an http(s) URL, https://HOST or https://HOST:PORT")
     if parts.password is not None or parts.username is not None:
         value.fail(f"{value.what} carries credentials: name an environment variable with credentials_env instead")
     return text
@@ -54,7 +59,10 @@ def _bmc_url(value: Located) -> str:
 
 def _file(value: Located) -> str:
     """Read a path; a relative one begins at the lab file."""
-    return str(value.path.parent / Path(value.text()).expanduser())
+    try:
+        return str(value.path.parent / Path(value.text()).expanduser())
+    except RuntimeError:
+        value.fail(f"{value.what}: there is no user {value.text().partition('/')[0]}")
 
 
 def _one_of(*known: str) -> "_Reader":
@@ -157,13 +165,17 @@ def parse_ssh_target(text: str) -> SshTarget:
     if text.startswith("ssh://"):
         parts = urlsplit(text)
         if parts.password is not None:
-            raise ValueError("carries a password; ssh keys and agents are taken from ssh's own configuration")
+            raise ValueError(_HAS_SECRET)
         if parts.path.strip("/") or parts.query or parts.fragment:
             raise ValueError("has something after the host")
         user, host, port = parts.username, parts.hostname or "", parts.port
+        if port == 0:
+            raise ValueError("no host has a port 0")
     else:
         before, at, host = text.rpartition("@")
         user = before if at else None
+        if ":" in before:
+            raise ValueError(_HAS_SECRET)
         if ":" in host and not _is_ipv6(host):
             raise ValueError("has a port: write it as ssh://user@host:port, as for ssh(1)")
     # A part that began with a dash would be an option to ssh(1) and to ansible.
@@ -179,7 +191,14 @@ def _ssh_target(value: Located) -> SshTarget:
     try:
         return parse_ssh_target(text)
     except ValueError as error:
-        value.fail(f"{value.what}: {text!r}: {error}")
+        value.fail(f"{value.what}: {_without_password(text)!r}: {error}")
+
+
+def _without_password(text: str) -> str:
+    before, at, host = text.rpartition("@")
+    scheme, slashes, rest = before.rpartition("://")
+    user, colon, _ = rest.partition(":")
+    return f"{scheme}{slashes}{user}{colon and ':…'}{at}{host}"
 
 
 def _refuse_secrets(value: Located) -> None:
@@ -332,7 +351,9 @@ def load_file(path: Path, check_capability: CapabilityCheck = parse_capability) 
 def load(folder: Path = DEFAULT_FOLDER, check_capability: CapabilityCheck = parse_capability) -> Inventory:
     """Return every host in `folder`. A wrong file, or two hosts of one name, is an ``InventoryError``."""
     if not folder.is_dir():
-        raise InventoryError(f"{folder}: no such folder; --labs DIR names another, `tdxhw lab init NAME` starts one")
+        raise InventoryError(
+            f"{folder}: no such folder; --labs DIR or TDXHW_LABS names another, `tdxhw lab init NAME` starts one"
+        )
     hosts: dict[str, Host] = {}
     for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         for host in load_file(path, check_capability):

@@ -145,12 +145,20 @@ class Lease:
 
     def _ask(self, operation: str, **wish: object) -> dict[str, Any]:
         text = json.dumps({"token": self._token, **wish}).encode()
-        answer = json.loads(self._session.python("lease.py", self._folder, operation, stdin=text))
-        assert isinstance(answer, dict)
-        return answer
+        return _answer(self._session, self._folder, operation, text)
+
+
+def _answer(session: Session, folder: str, operation: str, wish: bytes) -> dict[str, Any]:
+    said = session.python("lease.py", folder, operation, stdin=wish)
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        raise RemoteFailed(f"{session.host.name}: lease.py {operation} answered {said[:100]!r}") from None
+    assert isinstance(answer, dict)
+    return answer
 
 
 def holder_of(session: Session, *, folder: str = "-") -> Holder | None:
     """Return who has the host now, ``None`` if it is free."""
-    answer = json.loads(session.python("lease.py", folder, "show"))
+    answer = _answer(session, folder, "show", b"")
     return Holder.of(answer["holder"], answer["now"]) if answer["live"] else None

@@ -54,7 +54,9 @@ class Located:
             mark = error.problem_mark or error.context_mark
             raise InventoryError(f"{path}:{mark.line + 1 if mark else 1}: {error.problem or error.context}") from error
         except yaml.YAMLError as error:
-            raise InventoryError(f"{path}:1: not YAML: {error}") from error
+            raise InventoryError(f"{path}:1: not YAML: {str(error).splitlines()[0]}") from error
+        except RecursionError as error:
+            raise InventoryError(f"{path}:1: too deep to be a lab file") from error
         if node is None:
             raise InventoryError(f"{path}:1: the file is empty; `tdxhw lab init` writes one to start from")
         return cls(path, node, "the file")

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tdxhw.console import table_console
 from tdxhw.errors import HarnessError
 from tdxhw.lab import inventory
 from tdxhw.lab.connection import Session
@@ -64,5 +64,5 @@ def show_status(expression: str, labs: Path, ssh_config: Path | None, *, as_json
         table = Table("host", "kernel", "", box=None, pad_edge=False)
         for answer in answers:
             table.add_row(Text(answer.host), Text(answer.kernel or "-"), Text(str(answer)))
-        Console(highlight=False, soft_wrap=True).print(table)
+        table_console().print(table)
     return 0 if all(answer.is_free for answer in answers) else 1

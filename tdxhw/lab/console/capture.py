@@ -18,6 +18,7 @@ LIMIT_BYTES: Final = 64 << 20
 _LONGEST_LINE: Final = 16384  # [bytes]
 _WAITS_S: Final = (1.0, 2.0, 4.0, 8.0, 15.0)  # between tries; the last again and again
 _END_S: Final = 15.0
+_LASTING_S: Final = 10.0  # a line that breaks sooner and without a word was none
 
 
 class Sink(Protocol):
@@ -73,6 +74,8 @@ class Capture:
         self._stop = threading.Event()
         self._open = threading.Event()
         self._was_open = False
+        self._has_spoken = False  # since it was last tried
+        self._is_quiet = False  # it broke at once, again and again: that is noted once
         self._thread = threading.Thread(target=self._capture, name=f"console-{host}", daemon=True)
         self._file: TextIO | None = None
         self._partial = bytearray()
@@ -130,7 +133,7 @@ class Capture:
 
     def opened(self) -> None:
         """Remember that the console is connected."""
-        if not self._open.is_set():
+        if not self._open.is_set() and not self._is_quiet:
             self._note("connected")
         self.problem = ""
         self._was_open = True
@@ -138,6 +141,7 @@ class Capture:
 
     def data(self, data: bytes) -> None:
         """Take bytes that have just arrived apart into lines."""
+        self._speaks()
         now = self._clock()
         first, *rest = data.split(b"\n")
         self._take(first, now)
@@ -147,6 +151,7 @@ class Capture:
 
     def line(self, line: ConsoleLine) -> None:
         """Keep one line."""
+        self._speaks()
         size = len(line.text) + 1
         if self._head_left > 0:
             self._head_left -= size
@@ -162,6 +167,12 @@ class Capture:
             self._lost_lines += 1
 
     # ---- inside ----
+
+    def _speaks(self) -> None:
+        self._has_spoken = True
+        if self._is_quiet and self._open.is_set():
+            self._is_quiet = False
+            self._note("connected")
 
     def _take(self, data: bytes, now: float) -> None:
         while data:
@@ -183,6 +194,7 @@ class Capture:
     def _capture(self) -> None:
         tries = 0
         while not self._stop.is_set():
+            self._has_spoken, began = False, time.monotonic()
             try:
                 why = self._source.read(self, self._stop)
             except ConsoleFailed as error:
@@ -195,9 +207,13 @@ class Capture:
             self._end_of_line()
             if self._stop.is_set():
                 return
-            if self._open.is_set():
-                self.gaps += 1
+            was_open = self._open.is_set()
+            lasted = self._has_spoken or time.monotonic() - began > _LASTING_S
+            self._is_quiet = was_open and not lasted
+            if was_open and lasted:
                 tries = 0
+            if was_open and tries == 0:
+                self.gaps += 1
             self._open.clear()
             what = "is lost" if self._was_open else "cannot be reached"
             self.problem = f"{self._name} {what}: {why}"

@@ -20,7 +20,7 @@ from tdxhw.lab.options import labs_option, ssh_config_option
 _POLL_S = 0.1
 
 
-@click.command("console")
+@click.command("console", short_help="Show what the console of a host says.")
 @click.argument("name")
 @click.option("--seconds", type=click.FloatRange(min=0), help="End after so long; without it at Ctrl-C.")
 @click.option("--log", type=click.Path(path_type=Path, dir_okay=False), help="Keep it in this file, too.")
@@ -54,7 +54,7 @@ def console(name: str, seconds: float | None, log: Path | None, labs: Path, ssh_
         raise ConsoleFailed(capture.problem)
 
 
-@click.command("findings")
+@click.command("findings", short_help="Find a kernel's complaints in a log.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list and nothing else.")
 @click.pass_context

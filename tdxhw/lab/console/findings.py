@@ -13,6 +13,7 @@ from typing import Final
 from tdxhw.lab.console import finding_kinds
 from tdxhw.lab.console.finding_kinds import BEGINNINGS, CUT_HERE, END, KINDS, MAYBE, NEW_BOOT, RULE, Beginning
 from tdxhw.lab.console.lines import ConsoleLine
+from tdxhw.lab.went_down import TOOK_THE_HOST_DOWN
 from tdxhw.report.results import Result, Status
 from uapi_ctypes.tdx_status import describe
 
@@ -28,7 +29,7 @@ _PREFIX: Final = re.compile(r"(?:<\d{1,3}>)?(?:\[ {0,11}\d{1,11}\.\d{6}\] ?)?(?:
 _NEXT_LINE: Final = re.compile(r"\[ {0,11}\d{1,11}\.\d{6}\]")
 _NUMBER: Final = re.compile(r"\[(#\d+)\]")
 _NO_MESSAGE: Final = re.compile(r"Modules linked in|CPU: |Hardware name|RIP: |Call Trace|Tainted: ")
-_STATUS: Final = re.compile(r"failed: (0x[0-9a-fA-F]{1,16})\b")
+_STATUS: Final = re.compile(r"(?:failed: |leaf \d{1,5}, error )(0x[0-9a-fA-F]{1,16})\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _running_at(at: float, timed: Sequence[Result], starts: Sequence[float]) -> 
         return ""
     result = timed[position]
     # A test that took its host down knows nothing of its end: the host was not there to tell.
-    cut_off = result.status is Status.MISS or "rebooted during this test" in result.message
+    cut_off = result.status is Status.MISS or result.message in TOOK_THE_HOST_DOWN
     return result.name if cut_off or at <= starts[position] + result.duration_s + _LATE_S else ""
 
 

@@ -43,7 +43,7 @@ class KernelLogSource:
             return str(error)
         except HarnessError as error:
             raise ConsoleFailed(str(error)) from error
-        if code == 1 and self._sequence < 0 and not stop.is_set():
+        if code in (1, 127) and self._sequence < 0 and not stop.is_set():  # may not read it, or has no Python
             raise ConsoleFailed(f"the kernel log cannot be read: {self._said or 'no message'}")
         return f"exit code {code}: {self._said}"
 

@@ -58,7 +58,7 @@ class ProgramSource:
         assert process.stdin is not None
         assert process.stderr is not None
         try:
-            said = self._copy(output, process.stderr.fileno(), sink, stop)
+            said = self._copy(process, output, sink, stop)
             process.stdin.close()
             if stop.is_set() and self._goodbye_s:
                 _wait(process, self._goodbye_s)
@@ -72,14 +72,19 @@ class ProgramSource:
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         return lines[-1][:200] if lines else f"{self._argv[0]} ended with exit code {code}"
 
-    def _copy(self, output: int, errors: int, sink: Sink, stop: threading.Event) -> str:
+    def _copy(self, process: "subprocess.Popen[bytes]", output: int, sink: Sink, stop: threading.Event) -> str:
+        assert process.stderr is not None
+        errors = process.stderr.fileno()
         pipes = [output, errors]
         said = b""
         head: bytes | None = b"" if self._ready else None  # None: it is connected
         if head is None:
             sink.opened()
         while output in pipes and not stop.is_set():
-            for pipe in select.select(pipes, [], [], _POLL_S)[0]:
+            ready_pipes = select.select(pipes, [], [], _POLL_S)[0]
+            if not ready_pipes and process.poll() is not None:
+                break  # what it has left running holds the line open and says nothing
+            for pipe in ready_pipes:
                 data = _read(pipe)
                 if not data:
                     pipes.remove(pipe)

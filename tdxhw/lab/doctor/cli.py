@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tdxhw.console import table_console
 from tdxhw.errors import HarnessError
 from tdxhw.lab.doctor.diagnosis import CHECKS, Diagnosis, Verdict, examine
 from tdxhw.lab.doctor.facts import Facts
@@ -117,7 +118,7 @@ def doctor(
         verdicts.append(diagnosis.verdict)
         documents.append({"host": patient.name} | diagnosis.to_json())
         if not as_json:
-            show(Console(highlight=False), patient.name, diagnosis)
+            show(table_console(), patient.name, diagnosis)
     if as_json:
         click.echo(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1))
     worst = max(verdicts, key=(Verdict.READY, Verdict.COULD_NOT_TELL, Verdict.NOT_READY).index)

@@ -86,8 +86,13 @@ REASONS: Final = (
 
 # "module initialized" (6.2 to 6.19) and "TDX-Module initialized" (7.x).
 _INITIALIZED: Final = re.compile(r"\btdx: (?:TDX[ -])?module initialized", re.IGNORECASE)
-_SEAMCALL_FAILED: Final = re.compile(
-    r"SEAMCALL \((?P<leaf>0x[0-9a-f]+|\d+)\) failed: (?P<status>0x[0-9a-f]{1,16})", re.IGNORECASE
+_SEAMCALL_FAILED: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"SEAMCALL \((?P<leaf>0x[0-9a-f]+|\d+)\) failed: (?P<status>0x[0-9a-f]{1,16})",
+        # Ubuntu's 6.2 and 6.5
+        r"SEAMCALL failed: CPU \d+: leaf (?P<leaf>\d+), error (?P<status>0x[0-9a-f]{1,16})",
+    )
 )
 _KEYID_RANGE: Final = re.compile(r"private KeyID range:? \[(?P<first>\d+), (?P<end>\d+)\)", re.IGNORECASE)
 _DATE: Final = r"build[_ ]date:? (?P<date>(?:0x)?[0-9a-f]{8})"
@@ -177,7 +182,7 @@ def outcome(lines: tuple[str, ...]) -> Outcome | None:
     ended: Outcome | None = None
     seamcall: tuple[int, int] | None = None
     for line in lines:
-        status = _SEAMCALL_FAILED.search(line)
+        status = next(filter(None, (pattern.search(line) for pattern in _SEAMCALL_FAILED)), None)
         if status:
             seamcall = int(status["leaf"], 0), int(status["status"], 16)
         elif _INITIALIZED.search(line):

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tdxhw.lab.credentials import Credentials
 from tdxhw.lab.errors import PowerBusy, PowerFailed
-from tdxhw.lab.power.switch import Button, State
+from tdxhw.lab.power.switch import Button, NoSuchButton, State
 
 try:
     import requests
@@ -19,6 +19,8 @@ except ImportError as missing:
 _CONNECT_S: Final = 10.0
 _ANSWER_S: Final = 30.0
 _BUSY: Final = frozenset({409, 423, 429, 500, 502, 503, 504})
+# What services answer with 400 although it passes: the registry's names (Base, iLO, iDRAC).
+_NOT_NOW: Final = ("ResourceInUse", "ServiceTemporarilyUnavailable", "InvalidOperationForSystemState", "SYS518")
 _STATES: Final = {
     sushy.PowerState.ON: State.ON,
     sushy.PowerState.OFF: State.OFF,
@@ -96,7 +98,8 @@ class RedfishSwitch:
             variable = self._credentials.variable
             raise PowerFailed(f"the BMC does not accept the credentials in {variable} (HTTP {_code(error)})") from error
         except exceptions.HTTPError as error:
-            kind = PowerBusy if _code(error) in _BUSY else PowerFailed
+            passes = _code(error) in _BUSY or any(name in str(error) for name in _NOT_NOW)
+            kind = PowerBusy if passes else PowerFailed
             raise kind(f"HTTP {_code(error)}: {_line(error)}") from error
         except exceptions.SushyError as error:
             raise PowerFailed(_line(error)) from error
@@ -109,7 +112,12 @@ class RedfishSwitch:
 
     def _certificate(self, said: str) -> str:
         why = said.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or "TLS failed"
-        return f"its certificate is not trusted ({why}): name the CA that signed it with ca: FILE"
+        remedy = "name the CA that signed it, or itself, with ca: FILE"
+        if "mismatch" in why or "is not valid for" in why:
+            remedy = "url: has to say a name that is in it"
+        elif "expired" in why or "not yet valid" in why:
+            remedy = "renew it on the BMC, or set the clock of this machine right"
+        return f"its certificate is not trusted ({why}): {remedy}"
 
 
 class _Buttons:
@@ -122,20 +130,29 @@ class _Buttons:
         with self._switch._in_our_words():  # noqa: SLF001 (one class in two parts)
             self._system.refresh(force=True)
             power_state = self._system.power_state
-        if power_state is None:
-            raise PowerFailed("the system tells no PowerState")
+            told = (self._system.json or {}).get("PowerState")
+        if power_state is None:  # "Reset", "Unknown", null: while the machine or the BMC starts
+            raise PowerBusy(f"the system's PowerState is {told!r}" if told else "the system tells no PowerState")
         return _STATES.get(power_state, State.ON)  # Paused: it has power
 
     def press(self, button: Button) -> None:
-        """Ask for the first fitting reset that the system offers."""
+        """Ask for the first fitting reset that the system offers; one that does not say what it offers refuses some."""
+        refused = ""
         with self._switch._in_our_words():  # noqa: SLF001
             offered = self._system.get_allowed_reset_system_values()
             for reset_type in _RESET_TYPES[button]:
-                if reset_type in offered:
+                if reset_type not in offered:
+                    continue
+                try:
                     self._system.reset_system(reset_type)
+                except exceptions.BadRequestError as error:
+                    if any(name in str(error) for name in _NOT_NOW):
+                        raise
+                    refused = f"; {reset_type.value} is refused: {_line(error)}"
+                else:
                     return
         there = ", ".join(sorted(one.value for one in offered))
-        raise PowerFailed(f"the system offers no way to {button.value}: {there}")
+        raise NoSuchButton(f"the system offers no way to {button.value}: {there}{refused}")
 
 
 def _code(error: exceptions.HTTPError) -> int:

@@ -6,7 +6,7 @@ change late (seconds), forget one that comes while they are busy, and restart th
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -30,6 +30,10 @@ class Button(Enum):
     ON = "on"
     OFF = "off"
     RESET = "reset"
+
+
+class NoSuchButton(PowerFailed):
+    """The machine cannot do that at all."""
 
 
 class Buttons(Protocol):
@@ -107,11 +111,15 @@ class AwaitedPower:
         self._reach(State.OFF, Button.OFF)
 
     def reset(self) -> None:
-        """Reset it hard; a machine that is off is switched on. Its power is on at the end."""
-        if not self._switch.has_reset:
-            self.off()
-            self.on()
-            return
+        """Reset it hard (without such a button: off and on); one that is off is switched on. It is on at the end."""
+        if self._switch.has_reset:
+            with suppress(NoSuchButton):
+                self._reset()
+                return
+        self.off()
+        self.on()
+
+    def _reset(self) -> None:
         done = False
 
         def press(buttons: Buttons) -> State | None:
@@ -159,6 +167,8 @@ class AwaitedPower:
                 raise PowerFailed(f"{self._host}: {self.name}: {error}") from None
             except PowerBusy as error:
                 busy = str(error)
+            except NoSuchButton as error:
+                raise NoSuchButton(f"{self._host}: {self.name}: {error}") from error
             except PowerFailed as error:
                 raise PowerFailed(f"{self._host}: {self.name}: {error}") from error
             # Longer each time: a BMC locks an account that logs in too often, and takes minutes to restart.

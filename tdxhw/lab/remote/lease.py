@@ -4,7 +4,9 @@ Usage: ``lease.py FOLDER|- take|renew|release|show`` with a JSON object on stand
 
 Every operation holds an exclusive lock on one file for its whole length, so of two that race exactly one wins.
 A lease has a token; only who has it can renew or release. An expired lease is taken over, and the new holder is
-told from whom. Time is the host's own: nobody compares clocks over the network.
+told from whom. Time is the host's own: nobody compares clocks over the network. Within a boot it is counted from the
+boot on, so that a clock that is set right does not end a lease or make it endless; after a reboot the host's clock has
+to do, and no lease lasts longer from then on than it was taken for.
 
 The file is gone with a reboot, and so is what it held the host for. A ``persistent`` lease (root's only) is for work
 that goes on over reboots: it is on the disk, too, and counts wherever the first file has none.
@@ -73,10 +75,47 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return lease if isinstance(lease, dict) and "token" in lease and "expires" in lease else None
 
 
+def boot_id() -> str:
+    """Return what names this boot among all."""
+    return read("/proc/sys/kernel/random/boot_id").decode("ascii", "replace").strip()
+
+
+def since_boot() -> float:
+    """Return a time that nobody sets [s]."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def lasting(lease: dict[str, Any], ttl_s: float) -> dict[str, Any]:
+    """Return the lease with `ttl_s` [s] left from now on, in this boot."""
+    return dict(lease, expires=time.time() + ttl_s, boot=boot_id(), ends=since_boot() + ttl_s)
+
+
+def adopt(fd: int, lease: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the lease with `expires` by the clock as it is now; one of an earlier boot counts in this one from now."""
+    if lease is None or "boot" not in lease:  # an older tdxhw's, which renews `expires` alone
+        return lease
+    if lease["boot"] == boot_id():
+        return dict(lease, expires=time.time() + lease["ends"] - since_boot())
+    lease = lasting(lease, min(lease["expires"] - time.time(), lease.get("ttl_s", float("inf"))))
+    write(fd, lease)
+    return lease
+
+
+def sync_folder(path: str) -> None:
+    """Have on the disk which files are in a folder."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def keep(path: str, lease: dict[str, Any] | None) -> None:
     """Have a persistent lease on the disk, whole or not at all, and no other."""
+    folder = os.path.dirname(path)  # noqa: PTH120
     if lease is not None and lease.get("persistent"):
-        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103
+        sync_folder(os.path.dirname(folder))  # noqa: PTH120
         partial = path + ".new"
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -85,16 +124,23 @@ def keep(path: str, lease: dict[str, Any] | None) -> None:
         finally:
             os.close(fd)
         os.rename(partial, path)  # noqa: PTH104
+        sync_folder(folder)
     else:
         try:
             os.unlink(path)  # noqa: PTH108
+            sync_folder(folder)
         except OSError:  # there is none; or it is root's, and then it has expired
             return
 
 
 def store(fd: int, kept: str, lease: dict[str, Any] | None) -> None:
-    """Replace the lease. Written over first and cut after, so that a full disk loses no old lease."""
+    """Replace the lease, also where it outlives a reboot."""
     keep(kept, lease)
+    write(fd, lease)
+
+
+def write(fd: int, lease: dict[str, Any] | None) -> None:
+    """Replace the lease. Written over first and cut after, so that a full disk loses no old lease."""
     data = b"" if lease is None else json.dumps(lease).encode()
     if data:
         os.pwrite(fd, data.ljust(os.fstat(fd).st_size), 0)
@@ -110,7 +156,7 @@ def public(lease: dict[str, Any] | None) -> dict[str, Any] | None:
 def operate(fd: int, kept: str, operation: str, wish: dict[str, Any]) -> dict[str, Any]:
     """Do one operation under the lock."""
     now = time.time()
-    held = load(fd, kept)
+    held = adopt(fd, load(fd, kept))
     is_live = held is not None and held["expires"] > now
     if held is not None and "instead_of" in wish and held.get("process") == wish["instead_of"]:
         is_live = False  # who asks knows that its process has died
@@ -120,22 +166,22 @@ def operate(fd: int, kept: str, operation: str, wish: dict[str, Any]) -> dict[st
     if operation == "take":
         if is_live and not is_mine:
             return {"ok": False, "holder": public(held), "now": now}
-        lease = {
+        lease: dict[str, Any] = {
             "token": wish["token"],
             "owner": wish["owner"],
             "reason": wish["reason"],
             "taken": held["taken"] if held is not None and is_mine else now,
-            "expires": now + wish["ttl_s"],
+            "ttl_s": wish["ttl_s"],
             "process": wish.get("process", ""),
             "persistent": wish.get("persistent", False),
         }
-        store(fd, kept, lease)
+        store(fd, kept, lasting(lease, wish["ttl_s"]))
         return {"ok": True, "taken_over": public(held) if held is not None and not is_mine else None, "now": now}
     if operation == "renew":
         # Expired and not yet taken by another: still ours.
         if held is None or not is_mine:
             return {"ok": False, "holder": public(held), "now": now}
-        store(fd, kept, dict(held, expires=now + wish["ttl_s"]))
+        store(fd, kept, lasting(dict(held, ttl_s=wish["ttl_s"]), wish["ttl_s"]))
         return {"ok": True, "now": now}
     if operation == "release":
         if held is not None and is_mine:

@@ -22,7 +22,8 @@ class Service(http.server.ThreadingHTTPServer):
         self.has_sessions = sessions
         self.power = power
         self.reset_types = ["On", "ForceOff", "ForceRestart"]
-        self.plan: list[int | str] = []
+        self.says_what_it_offers = True
+        self.plan: list[int | str | tuple[int, str]] = []
         self.seen: list[str] = []
         self.open_sessions: set[str] = set()
         self.opened = 0
@@ -53,7 +54,9 @@ class Service(http.server.ThreadingHTTPServer):
             return {"Name": "s", "Members": members, "Members@odata.count": len(members)}
         if path.removeprefix(system) in self.systems:
             document: dict[str, Any] = {"Id": path.removeprefix(system), "Name": "x", "PowerState": self.power}
-            reset = {"target": f"{path}/Actions/Reset", "ResetType@Redfish.AllowableValues": self.reset_types}
+            reset: dict[str, Any] = {"target": f"{path}/Actions/Reset"}
+            if self.says_what_it_offers:
+                reset["ResetType@Redfish.AllowableValues"] = self.reset_types
             return document | {"Actions": {"#ComputerSystem.Reset": reset}}
         return None
 
@@ -84,6 +87,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         if self._planned() or not self._allowed():
             return
+        if body["ResetType"] not in service.reset_types:
+            message = {"code": "Base.1.0.ActionParameterNotSupported", "message": f"{body['ResetType']}: not here"}
+            self._answer(400, {"error": message})
+            return
         service.seen.append(body["ResetType"])
         service.power = "Off" if body["ResetType"] == "ForceOff" else "On"
         self._answer(204, None)
@@ -96,7 +103,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.path == ROOT or not self.server.plan:
             return False
         planned = self.server.plan.pop(0)
-        if isinstance(planned, int):
+        if isinstance(planned, tuple):
+            self._answer(planned[0], {"error": {"code": planned[1], "message": "planned"}})
+        elif isinstance(planned, int):
             self._answer(planned, {"error": {"message": f"planned {planned}"}})
         else:
             self._answer(200, planned)

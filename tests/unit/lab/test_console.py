@@ -168,6 +168,34 @@ def test_a_console_that_was_never_reached_says_so(tmp_path: Path) -> None:
     assert len(notes(tmp_path / "log")) == 3, "said once, however often it is tried"
 
 
+def test_a_program_that_ends_at_once_is_tried_less_and_less_often_and_noted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "_WAITS_S", (0.0, 0.01, 0.02, 0.03, 30.0))
+    refused = [sends(then="permission denied")] * 9
+    source = Scripted(*refused)
+    with Capture("spr-01", source, tmp_path / "log") as console:
+        until = time.monotonic() + 10
+        while len(source.connections) > 4:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(source.connections) == 4, "the fifth wait is a long one"
+        assert console.gaps == 1
+    assert [note.partition("(scripted)")[2] for note in notes(tmp_path / "log") if "(scripted)" in note] == [
+        ": begins", " is lost: permission denied; trying again", " is lost: permission denied",
+    ]  # fmt: skip
+
+
+def test_once_it_speaks_it_is_connected_again(tmp_path: Path) -> None:
+    refused = sends(then="refused")
+    source = Scripted(refused, refused, sends(b"hello\n"))
+    console = captured(source, tmp_path / "log")
+    assert texts(console) == ["hello"]
+    connected = [note for note in notes(tmp_path / "log") if note.endswith("connected")]
+    assert len(connected) == 3, "as it was first, with its first word, and after that"
+
+
 def test_a_source_that_breaks_in_an_unforeseen_way_does_not_disturb(tmp_path: Path) -> None:
     def breaks(_sink: Sink) -> str:
         raise ZeroDivisionError("unforeseen")
@@ -246,6 +274,16 @@ def test_a_program_that_ends_is_started_again(running: Callable[[ProgramSource],
     wait_for(lambda: len(console.lines) >= 3)
     assert console.gaps >= 2
     assert any("the reason" in note for note in notes(tmp_path / "console.log"))
+
+
+def test_a_program_that_ends_has_ended_although_what_it_left_running_holds_the_line(
+    running: Callable[[ProgramSource], Capture], tmp_path: Path
+) -> None:
+    script_path = tmp_path / "detaches"
+    script_path.write_text("#!/bin/sh\necho hello\nsleep 600 &\n")
+    script_path.chmod(0o755)
+    console = running(ProgramSource("p", [str(script_path)]))
+    wait_for(lambda: texts(console).count("hello") == 2)
 
 
 def test_it_is_connected_when_the_program_says_so_although_that_would_be_buffered(

@@ -229,6 +229,19 @@ def test_the_particular_reason_is_kept_when_a_general_one_follows() -> None:
     assert ended.line == lines[0]
 
 
+@pytest.mark.parametrize(
+    ("line", "seamcall"),
+    [
+        ("virt/tdx: SEAMCALL (0x0000000000000022) failed: 0xc000050500000000", (0x22, 0xC000050500000000)),
+        ("tdx: SEAMCALL failed: CPU 94: leaf 33, error 0xc000092100000122.", (33, 0xC000092100000122)),
+    ],
+)
+def test_the_seamcall_that_failed_is_named_in_every_wording(line: str, seamcall: tuple[int, int]) -> None:
+    ended = outcome((line, "virt/tdx: module initialization failed (-5)"))
+    assert ended is not None
+    assert ended.seamcall == seamcall
+
+
 def test_ordinary_lines_about_tdx_end_nothing() -> None:
     assert outcome(("virt/tdx: BIOS enabled: private KeyID range [32, 64)", "tdx: Guest detected")) is None
     assert keyid_range(("virt/tdx: BIOS enabled: private KeyID range: [16, 64)",)) == (16, 64)

@@ -7,6 +7,7 @@ import pytest
 
 from tdxhw.lab.connection import Session
 from tdxhw.lab.hosts import Host, SshTarget
+from tdxhw.lab.shell_command import MARK
 
 
 class LastMinute:
@@ -20,7 +21,7 @@ class LastMinute:
 
     def exit_status_ready(self) -> bool:
         if not self.eof_received:
-            self._data, self.eof_received = {"out": b"the last line\n", "err": b"and why\n"}, True
+            self._data, self.eof_received = {"out": MARK + b"the last line\n", "err": MARK + b"and why\n"}, True
         return True
 
     def recv_ready(self) -> bool:

@@ -12,6 +12,7 @@ from tdxhw.lab.console.finding_kinds import BEGINNINGS, MAYBE
 from tdxhw.lab.console.findings import KINDS, Finding, scan, tie
 from tdxhw.lab.console.lines import ConsoleLine, read_log
 from tdxhw.report.results import Result, Status
+from uapi_ctypes.tdx_status import describe
 
 CONSOLES = Path(__file__).with_name("consoles")
 
@@ -98,6 +99,20 @@ MORE = [
     ("seamcall", "virt/tdx: SEAMCALL (0x0000000000000022) failed: 0xc000050500000000"),
     ("seamcall", "kvm_intel: SEAMCALL[TDH.MEM.PAGE.ADD] failed: 0xc0000b0d00000001"),
     ("seamcall", "kvm_intel: tdh_mng_vpflushdone() failed. HKID 33 is leaked."),
+    ("seamcall", "tdx: SEAMCALL failed: CPU 94: leaf 33, error 0xc000092100000122."),
+    ("seamcall", "virt/tdx: SEAMCALL failed: TDX module not loaded."),
+    ("lockdep", "WARNING: bad contention detected!"),
+    ("lockdep", "[ INFO: possible circular locking dependency detected ]"),
+    ("lockdep", "BUG: key ffff888101234567 has not been registered!"),
+    ("oops", "traps: PANIC: double fault, error_code: 0x0"),
+    (
+        "warning",
+        "unchecked MSR access error: WRMSR to 0x83f (tried to write 0xf6) at rIP: 0xffff (native_write_msr+0x4/0x20)",
+    ),
+    ("bug", "BUG kmalloc-64 (Not tainted): Redzone overwritten"),
+    ("bug", "BUG kvm_vcpu (Tainted: G        W         ): Objects remaining on __kmem_cache_shutdown()"),
+    ("bug", "VFS: Close: file count is 0 (f_op=kvm_gmem_fops)"),
+    ("hung-task", "INFO: task qemu-system-x86:4213 can't die for more than 143 seconds."),
 ]
 HARMLESS = """
 [    1.000000] traps: cc1[12] general protection fault ip:7f00 sp:7ff0 error:0 in libc.so[7f00+1000]
@@ -109,6 +124,8 @@ HARMLESS = """
 [    1.000000] Kernel command line: panic=5 oops=panic
 [    1.000000] WARNING: this is a user's program speaking
 [    1.000000] UBSAN is enabled
+[    1.000000] VFS: Finished mounting rootfs on nullfs
+[    1.000000] msr: Write to unrecognized MSR 0x17f by mcelog (pid: 2).
 [    1.000000] ---[ end trace 0000000000000000 ]---
 """
 
@@ -181,6 +198,32 @@ def test_the_addresses_of_a_failed_seamcall_are_in_its_lines_but_not_in_its_name
     (found,) = scan(lines(line))
     assert found.text == "SEAMCALL TDH_MEM_PAGE_AUG failed: 0xc0000b0d00000001"
     assert found.lines == (line,)
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded", "count"),
+    [
+        # Public reports: canonical/tdx issues 25 (Ubuntu 6.5), 153 (6.8, KVM), 331 (6.8, module setup).
+        (
+            ("[    7.592823] tdx: SEAMCALL failed: CPU 94: leaf 33, error 0xc000092100000122.\n"
+            "[    7.592932] tdx: additional output: rcx 0x0, rdx 0x0, r8 0x0, r9 0x0, r10 0x0, r11 0x0."),
+            0xC000092100000122, 2,
+        ),
+        (
+            "[  261.262866] SEAMCALL (0x000000000000001c) failed: 0xc000030000000001 RCX 0x0000000000000000 RDX 0x0",
+            0xC000030000000001, 1,
+        ),
+        (
+            ("[   10.798780] virt/tdx: SEAMCALL (0x0000000000000022) failed: 0xc000050500000000\n"
+            "[   10.798786] virt/tdx: RCX 0x0000000000000000 RDX 0x9100000100000008 R08 0x0000000000000000\n"
+            "[   10.798790] virt/tdx: R09 0x0000000000000000 R10 0x0000000000000000 R11 0x0000000000000000"),
+            0xC000050500000000, 3,
+        ),
+    ],
+)  # fmt: skip
+def test_the_status_of_a_seamcall_is_decoded_in_every_wording(text: str, decoded: int, count: int) -> None:
+    (found,) = scan(lines(text))
+    assert (found.kind, found.decoded, len(found.lines)) == ("seamcall", describe(decoded), count)
 
 
 def test_an_unknown_status_is_shown_as_a_number_and_not_left_out() -> None:

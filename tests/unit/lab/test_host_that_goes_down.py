@@ -15,9 +15,10 @@ from tdxhw.lab import host_run
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import Completed
 from tdxhw.lab.deploy import Deployed
-from tdxhw.lab.errors import ConnectionLost, LabUnreachable
-from tdxhw.lab.host_run import POWER_WENT_AGAIN, REBOOTED, HostRun, Rescue, Wish
+from tdxhw.lab.errors import ConnectionLost, LabUnreachable, RemoteFailed
+from tdxhw.lab.host_run import HostRun, Rescue, Wish
 from tdxhw.lab.hosts import Host, SshTarget
+from tdxhw.lab.went_down import POWER_WENT_AGAIN, REBOOTED
 from tdxhw.report.read import read
 from tdxhw.report.results import Status
 
@@ -32,6 +33,8 @@ class ScriptedHost:
     answers_after: int = 0  # attempts to connect
     reboots: bool = True
     boots: int = 1
+    phase: str = "call"  # in which it goes down
+    journal_is_slow: bool = False
     ran: list[str] = field(default_factory=list)
     _attempts: int = 0
     _uploaded: str = ""
@@ -58,7 +61,9 @@ class ScriptedHost:
         return f"boot-{self.boots}\n" if "boot_id" in command else ""
 
     def run(self, command: str, **_: object) -> Completed:
-        return Completed(1 if command.startswith("pgrep") else 0, "", "")
+        if "journalctl" in command and self.journal_is_slow:
+            raise RemoteFailed("vm: still running after 60 s: journalctl")
+        return Completed(1 if command.startswith("grep -sqae") else 0, "", "")
 
     def upload(self, data: bytes, path: str) -> None:
         self._uploaded = data.decode()
@@ -67,13 +72,14 @@ class ScriptedHost:
         def tell(**record: Any) -> None:
             on_line(json.dumps(record))
 
-        tell(**{"$report_type": "SessionStart"})
+        tell(**{"$report_type": "SessionStart", "hosts": {"local": {"kernel": "7.2.13-trial"}}})
         for nodeid in SUITE:
             if "--done" in argv and nodeid in self._uploaded.splitlines():
                 continue
             self.ran.append(nodeid)
+            tell(**{"$report_type": "TestStart", "nodeid": nodeid, "start": 1000.0})
             for when in ("setup", "call", "teardown"):
-                if when == "call" and self.goes_down_in[:1] == [nodeid]:
+                if when == self.phase and self.goes_down_in[:1] == [nodeid]:
                     del self.goes_down_in[0]
                     self.boots += self.reboots
                     raise ConnectionLost("vm: the connection is lost")
@@ -119,6 +125,22 @@ def test_a_test_during_which_the_host_rebooted_has_failed_and_is_not_tried_again
     assert run.problem == ""
     assert results == {"test_a": PASSED, "test_b": [(Status.FAIL, REBOOTED)], "test_c": PASSED}
     assert host.ran == list(SUITE)
+
+
+def test_a_test_whose_set_up_takes_the_host_down_has_failed_and_is_not_tried_again(go: Any, tmp_path: Path) -> None:
+    host = ScriptedHost([SUITE[1]], phase="setup")
+    run, results = go(host)
+    assert run.problem == ""
+    assert results == {"test_a": PASSED, "test_b": [(Status.FAIL, REBOOTED)], "test_c": PASSED}
+    assert host.ran == list(SUITE), "each of them once: what crashes a kernel crashes it again"
+    failed = next(one for one in read(run.log).results if one.test == "test_b")
+    assert (failed.host, failed.provenance["kernel"], failed.started) == ("vm", "7.2.13-trial", 1000.0)
+
+
+def test_the_last_words_of_the_kernel_are_not_worth_the_run(go: Any) -> None:
+    run, results = go(ScriptedHost([SUITE[1]], journal_is_slow=True))
+    assert run.problem == ""
+    assert results == {"test_a": PASSED, "test_b": [(Status.FAIL, REBOOTED)], "test_c": PASSED}
 
 
 def test_a_test_that_hung_the_host_so_that_it_was_reset_has_failed(go: Any) -> None:

@@ -127,6 +127,42 @@ WRONG: dict[str, tuple[str, int, str]] = {
 }  # fmt: skip
 
 
+WRONG_PLACES = {
+    "url: 'https://[bmc'": "has to be an http(s) URL",
+    "url: 'https://bmc:99999'": "has to be an http(s) URL",
+    "url: 'https://bmc?x=1'": "has to be an http(s) URL",
+    "url: 'https://root:calvin'": "has to be an http(s) URL",
+    "url: 'https://root:cal[vin@bmc'": "has to be an http(s) URL",
+    "url: 'https://bmc', ca: '~nobody-of-that-name/ca.pem'": "there is no user ~nobody-of-that-name",
+}
+
+
+@pytest.mark.parametrize("place", WRONG_PLACES)
+def test_a_place_that_cannot_be_is_an_error_with_its_line_and_without_a_secret(tmp_path: Path, place: str) -> None:
+    power = f"  power: {{driver: redfish, credentials_env: X, {place}}}\n"
+    path = write(tmp_path, f"host:\n  name: a\n  ssh: a\n{power}")
+    with pytest.raises(InventoryError) as error:
+        inventory.load(tmp_path)
+    assert str(error.value).startswith(f"{path}:4: ")
+    assert WRONG_PLACES[place] in str(error.value)
+    assert "calvin" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ssh", "message"),
+    [("ssh://root:calvin@h", "'ssh://root:…@h': carries a password"),
+     ("root:calvin@h", "'root:…@h': carries a password"),
+     ("ssh://h:0", "no host has a port 0"), ("[" * 3000, "too deep to be a lab file")],
+)  # fmt: skip
+def test_an_ssh_target_that_cannot_be_is_an_error_without_its_password(tmp_path: Path, ssh: str, message: str) -> None:
+    quoted = ssh if ssh.startswith("[[") else f'"{ssh}"'
+    write(tmp_path, f"host:\n  name: a\n  ssh: {quoted}\n")
+    with pytest.raises(InventoryError) as error:
+        inventory.load(tmp_path)
+    assert message in str(error.value)
+    assert "calvin" not in str(error.value)
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_an_error_names_file_line_and_what_is_wrong(tmp_path: Path, case: str) -> None:
     text, line, message = WRONG[case]

@@ -1,6 +1,8 @@
 """``tdxhw lab``, as a user sees it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,13 @@ def test_the_commented_lines_of_a_new_file_are_right_too(tmp_path: Path) -> None
     assert run("check", "--labs", str(tmp_path)) == 0
 
 
+@pytest.mark.parametrize("name", ["123", "1e5", "no", "null", "0x10"])
+def test_init_writes_a_name_that_yaml_would_take_for_something_else(tmp_path: Path, capsys: Output, name: str) -> None:
+    assert run("init", name, "--labs", str(tmp_path)) == 0
+    assert run("show", name, "--labs", str(tmp_path)) == 0
+    assert f"name       {name}\n" in capsys.readouterr().out
+
+
 def test_init_overwrites_nothing(tmp_path: Path, capsys: Output) -> None:
     run("init", "spr-01", "--labs", str(tmp_path))
     before = (tmp_path / "spr-01.yaml").read_text()
@@ -76,3 +85,13 @@ def test_a_broken_file_is_exit_code_2_with_file_and_line(
 def test_a_missing_folder_is_exit_code_2(tmp_path: Path, capsys: Output) -> None:
     assert run("list", "--labs", str(tmp_path / "nowhere")) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_ansible_finds_the_hosts_of_the_checkout_from_its_own_folder() -> None:
+    folder = Path(__file__).parents[3] / "ansible"
+    environment = {"PATH": f"/usr/bin:/bin:{Path(sys.executable).parent}"}
+
+    done = subprocess.run(["inventory/labs"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "spr-01" in json.loads(done.stdout)["_meta"]["hostvars"]

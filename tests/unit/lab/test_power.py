@@ -1,6 +1,7 @@
 """Power control: what all drivers have in common, commands, ipmitool's command line, and what errors say."""
 
 import os
+import signal
 import stat
 import sys
 import time
@@ -321,7 +322,7 @@ def test_without_ipmitool_the_error_says_what_to_install(tmp_path: Path, monkeyp
 # ---- credentials ----
 
 
-@pytest.mark.parametrize("value", [None, "", "admin", ":password", "a:b\0c"])
+@pytest.mark.parametrize("value", [None, "", "admin", ":password", "a:b\0c", "admin:password\n"])
 def test_credentials_that_are_missing_or_malformed_are_named_by_their_variable_only(value: str | None) -> None:
     environ = {} if value is None else {"BMC": value}
     with pytest.raises(PowerFailed, match=r"^spr-01: the environment variable BMC .*USER:PASSWORD$"):
@@ -386,3 +387,21 @@ def test_output_is_bounded() -> None:
     done = run_bounded([sys.executable, "-c", "print('x' * 3_000_000 + 'end')"], 30)
     assert len(done.stdout) == bounded_command._MOST_OUTPUT
     assert done.stdout.endswith("end\n")
+
+
+def test_a_command_has_ended_although_what_it_left_running_holds_its_output(tmp_path: Path) -> None:
+    # An ssh with ControlPersist, a tool that starts a daemon: they keep standard error open.
+    pid = tmp_path / "pid"
+    started = time.monotonic()
+    done = run_bounded(["sh", "-c", f"sleep 600 & echo $! >{pid}; echo switched; echo warning >&2; exit 4"], 20)
+    try:
+        assert (done.exit_code, done.stdout, done.stderr) == (4, "switched\n", "warning\n")
+        assert time.monotonic() - started < 10
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_a_command_that_never_stops_writing_is_ended_and_fills_nobody_s_memory() -> None:
+    done = run_bounded(["sh", "-c", "yes; true"], 1)
+    assert done.exit_code is None
+    assert len(done.stdout) == 1 << 20

@@ -106,8 +106,9 @@ def test_a_machine_on_its_way_is_neither_on_nor_off(service: Service, told: str,
 
 def test_a_system_that_tells_no_state_is_an_error(service: Service) -> None:
     service.power = None
-    with pytest.raises(PowerFailed, match="the system tells no PowerState"):
-        power(service).is_on()
+    machine = AwaitedPower("spr-01", switch(service), Patience(answer_s=0.2, poll_s=0.01))
+    with pytest.raises(PowerFailed, match=r"its state is unknown after 0\.2 s: the system tells no PowerState"):
+        machine.is_on()
 
 
 def test_what_the_system_offers_is_what_is_used(service: Service) -> None:
@@ -117,6 +118,45 @@ def test_what_the_system_offers_is_what_is_used(service: Service) -> None:
     assert service.seen == ["PowerCycle"]
     with pytest.raises(PowerFailed, match="offers no way to off: On, PowerCycle"), switch(service).connect() as buttons:
         buttons.press(Button.OFF)
+
+
+def test_a_system_that_does_not_say_what_it_offers_is_asked_for_the_next_best(service: Service) -> None:
+    service.power = "On"
+    service.says_what_it_offers = False
+    service.reset_types = ["On", "ForceOff", "PowerCycle"]
+    power(service).reset()
+    assert service.seen == ["PowerCycle"]
+
+
+def test_a_system_without_a_reset_is_switched_off_and_on(service: Service) -> None:
+    service.power = "On"
+    service.reset_types = ["On", "ForceOff"]
+    for says in (True, False):
+        service.says_what_it_offers = says
+        power(service).reset()
+    assert service.seen == ["ForceOff", "On"] * 2
+    service.reset_types = []
+    with pytest.raises(
+        PowerFailed, match=r"^spr-01: redfish .*: the system offers no way to off: .* is refused: HTTP POST"
+    ):
+        power(service).reset()
+
+
+@pytest.mark.parametrize("name", ["iLO.2.14.InvalidOperationForSystemState", "Base.1.8.ResourceInUse"])
+def test_a_button_that_does_not_work_now_is_pressed_again(service: Service, name: str) -> None:
+    with switch(service).connect() as buttons:
+        service.plan = [(400, name)] * 3  # sushy tries some of them again by itself
+        with pytest.raises(PowerBusy, match=name):
+            buttons.press(Button.ON)
+    service.plan = []
+    power(service).on()
+
+
+@pytest.mark.parametrize("told", ["Reset", "Unknown", None])
+def test_a_state_that_no_standard_knows_passes(service: Service, told: str | None) -> None:
+    service.power = told
+    with switch(service).connect() as buttons, pytest.raises(PowerBusy, match=told or "tells no PowerState"):
+        buttons.state()
 
 
 def test_an_answer_that_is_not_json_is_an_error_in_one_line(service: Service) -> None:

@@ -1,0 +1,8 @@
+"""What is recorded of a test during which its host went down, and did so because of it."""
+
+from typing import Final
+
+REBOOTED: Final = "the host rebooted during this test"
+POWER_WENT_AGAIN: Final = "the host's power went off during this test, a second time"
+TOOK_THE_HOST_DOWN: Final = frozenset({REBOOTED, POWER_WENT_AGAIN})
+"""The messages of results that need no second try: it would take the host down again."""
