@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,8 @@ from tdxhw.bisect.session import Found
 from tdxhw.bisect.session import bisect as run_bisection
 from tdxhw.cli import EXIT_CANNOT_RUN, EXIT_INTERRUPTED
 from tdxhw.lab.options import labs_option, ssh_config_option
+from tdxhw.validate.cli import check_wishes, echo, read_baseline
+from tdxhw.validate.cli import validate as validate_command
 
 _TDXHW: Final = (sys.executable, "-P", "-c", "import sys; from tdxhw.cli import main; sys.exit(main(sys.argv[1:]))")
 
@@ -74,8 +77,9 @@ def bisect(
         tree, good, bad, build=build, kernel=kernel, validate=[*validate, *validate_options], cwd=Path.cwd(), keep=keep,
         give_up_after=give_up_after,
     )  # fmt: skip
-    _check_lab(labs, lab, ssh_config, baseline)
-    found = run_bisection(plan, click.echo)
+    _check_validation(plan.validate[len(_TDXHW) + 1 :], baseline, lab)
+    _check_lab(labs, lab, ssh_config)
+    found = run_bisection(plan, echo)
     _show(found)
     if found.not_reset:
         raise BisectError(
@@ -84,33 +88,44 @@ def bisect(
     if found.interrupted:
         ctx.exit(EXIT_INTERRUPTED)
     if found.problem:
-        click.echo(f"tdxhw: {found.problem}", err=True)
+        echo(f"tdxhw: {found.problem}", err=True)
         ctx.exit(EXIT_CANNOT_RUN)
     ctx.exit(0 if len(found.commits) == 1 else 1)
 
 
-def _check_lab(labs: Path, lab: str, ssh_config: Path | None, baseline: Path) -> None:
-    """Find out now, not after the first build, what the validation would say."""
+def _check_validation(arguments: Sequence[str], baseline: Path, lab: str) -> None:
+    """Find out now, not after the first build, what the validation would say of its options."""
+    try:
+        wishes = validate_command.make_context("tdxhw validate", list(arguments)).params
+    except click.UsageError as error:
+        raise BisectError(f"-- {error.format_message()} (see `tdxhw validate --help`)") from error
+    if wishes["recover"] or wishes["kernel"]:
+        raise BisectError("-- takes options for a validation; --kernel belongs before it, and --recover is none")
+    suites = wishes["suites"]
+    check_wishes(suites, wishes["promises"], wishes["parameters"], wishes["command_line"])
+    read_baseline(baseline, suites, lab)
+
+
+def _check_lab(labs: Path, lab: str, ssh_config: Path | None) -> None:
+    """Find out now whether the lab machine answers."""
     from tdxhw.lab.connection import Session
     from tdxhw.lab.inventory import load
-    from tdxhw.report.read import read
 
-    read(baseline)
     with Session.open(load(labs).host(lab), labs, ssh_config=ssh_config) as session:
         session.check("true")
 
 
 def _show(found: Found) -> None:
-    click.echo()
+    echo()
     for step in found.steps:
-        click.echo(f"{step.outcome:<13} {step.commit[:12]} {step.subject}")
+        echo(f"{step.outcome:<13} {step.commit[:12]} {step.subject}")
         if step.outcome != "good":
-            click.echo(f"              {step.line}")
+            echo(f"              {step.line}")
     if len(found.commits) == 1:
         commit, subject = found.commits[0]
-        click.echo(f"first bad commit: {commit} {subject}")
+        echo(f"first bad commit: {commit} {subject}")
     elif found.commits:
-        click.echo("the first bad commit is one of these; those between came to no verdict:")
+        echo("the first bad commit is one of these; those between came to no verdict:")
         for commit, subject in found.commits:
-            click.echo(f"  {commit} {subject}")
-    click.echo(f"logs: {found.log.parent}; git bisect replay {found.log.name} goes on from there")
+            echo(f"  {commit} {subject}")
+    echo(f"logs: {found.log.parent}; git bisect replay {found.log.name} goes on from there")

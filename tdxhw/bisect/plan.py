@@ -1,6 +1,8 @@
 """What to bisect, checked before anything is built: a mistake found after the first build has cost an hour."""
 
 import json
+import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ from tdxhw.bisect.errors import BisectError
 
 DEFAULT_KERNEL: Final = "../linux-image-*.deb"
 """Where `make bindeb-pkg` puts the package, seen from the tree."""
+
+_PLAIN: Final = re.compile(r"[\w./+-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,11 @@ def git(tree: Path | str, *arguments: str) -> "subprocess.CompletedProcess[str]"
     """Run git in the tree. ``BisectError`` if there is no git."""
     try:
         command = ["git", "-C", str(tree), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        # A group of its own: Ctrl-C is for us, git has a tree to put back.
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+            process_group=0, env=dict(os.environ, LC_ALL="C.UTF-8"),
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise BisectError("git is not installed") from error
 
@@ -73,6 +81,8 @@ def make(
     """Return the plan. ``BisectError`` says what stands against it; nothing was touched then."""
     # 1. The tree is a git tree, and nobody bisects in it.
     top = git(tree, "rev-parse", "--show-toplevel")
+    if "dubious ownership" in top.stderr:
+        raise BisectError(f"{tree}: belongs to another user: git config --global --add safe.directory {tree.resolve()}")
     if top.returncode != 0 or not top.stdout.strip():
         raise BisectError(f"{tree}: not a git tree: --tree names the kernel's")
     tree = Path(top.stdout.rstrip("\n"))
@@ -97,12 +107,12 @@ def make(
     if git(tree, "merge-base", "--is-ancestor", last, first).returncode == 0:
         raise BisectError(f"--bad {bad} comes before --good {good}: a fix, not a regression? Exchange the two")
     if git(tree, "merge-base", first, last).returncode != 0:
-        raise BisectError(f"--good {good} and --bad {bad} have no history in common")
+        is_shallow = git(tree, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
+        why = ": the clone is shallow: git fetch --unshallow" if is_shallow else ""
+        raise BisectError(f"--good {good} and --bad {bad} have no history in common{why}")
 
     # 4. The build command is there.
-    program = _program(build)
-    if subprocess.run(["sh", "-c", 'command -v -- "$1"', "sh", program], cwd=tree, capture_output=True).returncode:
-        raise BisectError(f"--build: no command {program!r} in {tree}")
+    _check_build(tree, build)
 
     # 5. The logs have a place of their own.
     try:
@@ -120,16 +130,24 @@ def _commit(tree: Path, option: str, revision: str) -> str:
     return found.stdout.strip()
 
 
-def _program(build: str) -> str:
-    """Return the first program of a shell command."""
+def _check_build(tree: Path, build: str) -> None:
+    """See that the shell understands the command, and that its first program is there, if that can be told."""
+    syntax = subprocess.run(["sh", "-n", "-c", build], capture_output=True, text=True, errors="replace", check=False)
+    if syntax.returncode != 0:
+        raise BisectError(f"--build: not a shell command: {_last_line(syntax.stderr)}")
+    words = shlex.shlex(build, posix=True, punctuation_chars=True)
+    words.whitespace_split, words.commenters = True, ""
     try:
-        words = shlex.split(build)
-    except ValueError as error:
-        raise BisectError(f"--build: not a shell command: {error}") from error
-    program = next((word for word in words if "=" not in word), "")
+        program = next((word for word in words if "=" not in word), "")
+    except ValueError:  # quotes that only the shell understands
+        return
     if not program:
         raise BisectError("--build: names no command")
-    return program
+    if not _PLAIN.fullmatch(program):
+        return  # "$HOME/build", "(": that is for the shell
+    find = ["sh", "-c", 'command -v -- "$1"', "sh", program]
+    if subprocess.run(find, cwd=tree, capture_output=True, check=False).returncode:
+        raise BisectError(f"--build: no command {program!r} in {tree}")
 
 
 def _last_line(text: str) -> str:

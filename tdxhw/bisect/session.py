@@ -19,6 +19,7 @@ from tdxhw.bisect.step import Step, never_built, steps
 
 _FIRST_BAD: Final = re.compile(r"^# first bad commit: \[([0-9a-f]+)\] (.*)$", re.MULTILINE)
 _POSSIBLE: Final = re.compile(r"^# possible first bad commit: \[([0-9a-f]+)\] (.*)$", re.MULTILINE)
+_MERGE_BASE: Final = re.compile(r"^The merge base ([0-9a-f]+) is bad", re.MULTILINE)
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -47,7 +48,8 @@ def bisect(plan: Plan, say: Callable[[str], None] = lambda _line: None) -> Found
             started = git(plan.tree, "bisect", "start", plan.bad, plan.good)
             if started.returncode == 0:
                 say(started.stdout.strip())
-                _run(plan, watch, say)
+                if not _FIRST_BAD.search(git(plan.tree, "bisect", "log").stdout):  # else one is the other's parent
+                    _run(plan, watch, say)
             problem = "" if started.returncode == 0 else f"git bisect start: {git_says(started.stderr)}"
         finally:
             log = keep / "git-bisect.log"
@@ -56,7 +58,7 @@ def bisect(plan: Plan, say: Callable[[str], None] = lambda _line: None) -> Found
             reset = git(plan.tree, "bisect", "reset")
     if problem:
         raise BisectError(f"{plan.tree}: {problem}")
-    commits = tuple(_FIRST_BAD.findall(told) or _POSSIBLE.findall(told))
+    commits = tuple(dict.fromkeys(_FIRST_BAD.findall(told) or _POSSIBLE.findall(told)))
     tried = tuple(steps(keep))
     return Found(
         commits,
@@ -97,6 +99,11 @@ def _why(tried: tuple[Step, ...], plan: Plan) -> str:
         return f"the build failed {len(tried)} times and never succeeded; the last: {last.line}"
     if last is None or last.outcome in ("good", "bad", "build failed"):  # git could have gone on
         told = _git_errors(plan).read_text(encoding="utf-8") if _git_errors(plan).exists() else ""
+        if (base := _MERGE_BASE.search(told)) is not None:
+            return (
+                f"{base[1]}, where --good and --bad branched off, is bad, too: what is wrong was fixed on the way to "
+                f"--good {plan.good[:12]}, so no commit on the way to --bad {plan.bad[:12]} brought it in"
+            )
         return f"git bisect run: {git_says(told)}"
     if last.outcome == "inconclusive":
         times = f"{plan.give_up_after} times in a row" if plan.give_up_after > 1 else "once"
@@ -136,7 +143,8 @@ class _Watch:
 
     def _signalled(self, _number: int, _frame: FrameType | None) -> None:
         if not self.interrupted:
-            self._say("interrupted: waiting for the step that is running to put things back")
+            with suppress(RuntimeError):  # the signal came in the middle of printing another line
+                self._say("interrupted: waiting for the step that is running to put things back")
         self.interrupted = True
         (self._keep / "stop").touch()  # before we look for a step: either it sees this, or we see it
         with suppress(OSError, ValueError):

@@ -28,6 +28,9 @@ STOP: Final = 255
 _BUILD_ENDS_S: Final = 10
 """How long an interrupted build may take to end [s]."""
 
+_LOOK_S: Final = 0.25
+"""How often new output is looked for [s]."""
+
 # What an exit code of `tdxhw validate` means to git; any other stops the bisection: it would guess.
 OUTCOMES: Final = {GOOD: "good", BAD: "bad", SKIP: "inconclusive", INTERRUPTED: "interrupted"}
 
@@ -61,7 +64,7 @@ class Runner:
 
     def __init__(self, keep: Path) -> None:
         self._stop_file = keep / "stop"
-        self._child: subprocess.Popen[str] | None = None
+        self._child: subprocess.Popen[bytes] | None = None
         self._stopped = self._is_build = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._signalled)
@@ -94,32 +97,38 @@ class Runner:
         """Return exit code, last line and time [s]."""
         self._child, self._is_build = None, is_build
         self.check()
-        begun, last = time.monotonic(), ""
-        with log.open("w", encoding="utf-8") as file:
+        begun = time.monotonic()
+        with log.open("wb") as file, log.open(encoding="utf-8", errors="replace") as said:
             self._child = subprocess.Popen(
-                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, errors="replace", process_group=0,
-            )  # fmt: skip
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, process_group=0
+            )
             if self._stopped:  # between the check and now
                 self._interrupt_child()
-            assert self._child.stdout is not None
-            last = _copy(self._child.stdout, file, show=not is_build)
-            code = self._child.wait()
+            last = _follow(self._child, said, show=not is_build)
             signal.alarm(0)
         self.check()
-        return code, last, time.monotonic() - begun
+        return self._child.returncode, last, time.monotonic() - begun
 
 
-def _copy(source: IO[str], file: IO[str], *, show: bool) -> str:
-    """Copy line by line; return the last one that is not empty."""
-    last = ""
-    for line in source:
-        file.write(line)
-        file.flush()
-        if show:
-            _write(line)
-        last = line.strip() or last
-    return last
+def _follow(child: "subprocess.Popen[bytes]", said: IO[str], *, show: bool) -> str:
+    """Wait until a command has ended; return its last line that is not empty.
+
+    Its output may have no end then: what it left in the background (a compiler's server) still has it open.
+    """
+    last, line, has_ended = "", "", False
+    while not has_ended:
+        try:
+            child.wait(_LOOK_S)
+            has_ended = True  # what it said until now is all that counts, and is looked at once more
+        except subprocess.TimeoutExpired:
+            pass
+        while part := said.readline():
+            line += part
+            if line.endswith("\n") or has_ended:
+                if show:
+                    _write(line)
+                last, line = line.strip() or last, ""
+    return line.strip() or last
 
 
 def built(tree: Path, pattern: str) -> dict[Path, tuple[int, int, int]]:

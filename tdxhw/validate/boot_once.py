@@ -1,5 +1,6 @@
 """Boot the kernel on trial once, prove that it is the one running, and say truthfully what happened if it is not."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,6 +13,7 @@ from tdxhw.validate.candidate import Candidate
 from tdxhw.validate.course import Course
 from tdxhw.validate.errors import ChangeFailed, WrongKernel
 from tdxhw.validate.machine import FOLDER, Boot, Machine
+from tdxhw.validate.speakers import said_by
 from tdxhw.validate.states import Event
 from tdxhw.validate.target import Target
 from tdxhw.validate.way_back import BY_ITSELF, SWITCHED_ON, WayBack
@@ -19,7 +21,11 @@ from tdxhw.validate.way_back import BY_ITSELF, SWITCHED_ON, WayBack
 CONFIRMED: Final = "/run/tdxhw-validate-confirmed"
 _LAST_LINES: Final = 2  # of a console, where nothing better is known
 _LONGEST: Final = 100  # of them [characters]
-_PSTORE: Final = "cat /sys/fs/pstore/dmesg-* /var/lib/systemd/pstore/*/dmesg.txt 2>/dev/null | tail -n 200"
+_ABOUT_SIGNATURES: Final = re.compile(r"signature|secure boot|verif|shim", re.IGNORECASE)
+_PSTORE: Final = (
+    "cat /sys/fs/pstore/dmesg-* /var/lib/systemd/pstore/*/dmesg.txt "
+    "/var/lib/systemd/pstore/*/*/dmesg.txt 2>/dev/null | tail -n 2000"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ class Trial:
             if SWITCHED_ON in how:
                 raise ChangeFailed(f"{self.machine.name}: its power was off: no kernel does that; it was {how}")
             died = [line for line in self._pstore() if line not in died_before]
+            self.course.keep("pstore.txt", died)
             return self._why(silent if how != BY_ITSELF else self.console()[said_before:], died, how)
         self.course.move(Event.OTHER_UP, f"runs {came}")
         raise WrongKernel(
@@ -98,18 +105,36 @@ class Trial:
         return self.machine.boot()
 
     def _see_the_parameters(self, parameters: dict[str, str], boot: Boot) -> None:
-        """See that it was booted with them, and tell where a module made something else of one."""
-        if not parameters:
-            return
+        """See that it was booted with them. What the modules made of them is for `not_as_asked`."""
         missing = set(matrix.words(parameters).split()) - set(boot.cmdline.split())
         if missing:
             raise WrongKernel(f"{self.machine.name}: booted without {' '.join(sorted(missing))}: {boot.cmdline!r}")
-        actual = self.machine.survey().get("parameters", {})
+
+    def left_behind(self, hkids_used: int | None) -> list[str]:
+        """Return what is still in use after the suites, though it was not before: a reboot would hide it."""
+        if hkids_used is None or not self.way_back.is_candidate(self.machine.boot()):
+            return []
+        now = self.machine.hkids_used() or 0
+        return [f"HKIDs in use: {hkids_used} before, {now} after: leaked"] if now > hkids_used else []
+
+    def not_as_asked(self, parameters: dict[str, str]) -> list[str]:
+        """Return where a module made something else of a parameter, one line each.
+
+        To be asked after the suites: before them a module may not be loaded yet. Nothing if another kernel runs.
+        """
+        if not parameters or not self.way_back.is_candidate(self.machine.boot()):
+            return []
+        found = []
         for name, value in parameters.items():
-            if name not in actual:
-                self.course.note(f"{name}: its module is not loaded, or has no such parameter")
-            elif actual[name] != value:
-                self.course.note(f"{name} is {actual[name]}, although {value} was asked for")
+            module, _, parameter = name.partition(".")
+            shown = self.machine.text(f"/sys/module/{module}/parameters/{parameter}").strip()
+            if shown and not matrix.is_in_effect(value, shown):
+                found.append(f"{name} is {shown}, although {value} was asked for")
+            elif not shown and self.machine.is_folder(f"/sys/module/{module}"):
+                found.append(f"{name}={value} was asked for: {module} shows no such parameter")
+            elif not shown:
+                found.append(f"{name}={value} was asked for: {module} is not loaded")
+        return found
 
     def _see_that_it_was_tried(self) -> None:
         """GRUB forgets the entry before it boots it: while it is still there, nothing was tried."""
@@ -124,19 +149,32 @@ class Trial:
     def _why(self, said: Sequence[ConsoleLine], died: Sequence[str], how: str) -> BootFailure:
         """Say how the candidate failed, by the best evidence there is."""
         release = self.candidate.release
-        for lines in (said, [ConsoleLine(0.0, line) for line in died]):
+        its_own = said_by(said, release, str(self.target.survey["release"]))
+        for lines in (its_own, [ConsoleLine(0.0, line) for line in died]):
             deadly = [finding for finding in scan(lines) if finding.kind in ("panic", "oops")]
             if deadly:
                 return BootFailure(f"{release} panics at boot: {deadly[-1].text}", is_proven=True)
+        secure_boot = bool(self.target.survey.get("secure_boot"))
         if complaint := _grub_complaint(said):
+            if secure_boot and _ABOUT_SIGNATURES.search(complaint):
+                raise ChangeFailed(
+                    f"{self.machine.name}: Secure Boot refuses {release} ({complaint}): enrol the key that it is "
+                    "signed with, or switch that off; no verdict about the kernel"
+                )
             return BootFailure(f"GRUB cannot load {release}: {complaint}", is_proven=True)
         guard = self.machine.text(f"{FOLDER}/guard.log").splitlines()
+        self.course.keep("guard.log", guard)
         if guard and guard[0].split()[:2] == ["up", release]:
             network = _network(guard)
             return BootFailure(f"{release} boots, but cannot be reached: {network}", is_proven=bool(network))
+        if secure_boot and how == BY_ITSELF and not its_own:
+            raise ChangeFailed(
+                f"{self.machine.name}: came back at once without a word from {release}, and Secure Boot is on: its "
+                "signature may have been refused; no verdict about the kernel"
+            )
         told = ""
         if how != BY_ITSELF:  # else the last words are those of the kernel that came after it
-            last = [line.text.strip()[:_LONGEST] for line in said if line.text.strip()][-_LAST_LINES:]
+            last = [line.text.strip()[:_LONGEST] for line in its_own if line.text.strip()][-_LAST_LINES:]
             told = f"; last on its console: {' / '.join(last) or 'nothing'}"
         text = f"{release} hangs at boot, or dies without a word (the host came back {how}){told}"
         return BootFailure(text, is_proven=False)

@@ -1,7 +1,9 @@
 """The kernel on trial: what the files given with ``--kernel`` hold, read before any host is touched."""
 
 import io
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,16 +122,29 @@ def _modules_in(archive: Path, release: str) -> tuple[str, int]:
                     depth = parts.index("modules") + 2
                     top = "/".join(parts[:depth])
                     found[top] = found.get(top, 0) + member.size
+            _see_its_end(tar)
     except FileNotFoundError:
         raise CandidateError(f"{archive}: no such file") from None
-    except (tarfile.TarError, OSError, EOFError) as error:
-        why = str(error).partition("\n")[0]
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = "it is no .tar, .tar.gz, .tar.bz2 or .tar.xz"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        elif found:
+            why = str(error).partition("\n")[0] or "it is cut short"
         raise CandidateError(f"{archive}: no tar archive that can be read: {why}") from error
     for top, size in found.items():
         if PurePosixPath(top).name == release:
             return top, size
     there = ", ".join(sorted(PurePosixPath(top).name for top in found)) or "none"
     raise CandidateError(f"{archive}: no modules of {release} in it; there are: {there}")
+
+
+def _see_its_end(tar: tarfile.TarFile) -> None:
+    """See that the archive ends where it ends: `tarfile` takes a broken header for the end, and misses the rest."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it is damaged, or cut short")
 
 
 # ---- Debian packages ----

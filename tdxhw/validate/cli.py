@@ -1,8 +1,11 @@
 """The subcommand ``tdxhw validate``."""
 
 import json
+import os
 import secrets
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +18,7 @@ from tdxhw.lab.options import labs_option, ssh_config_option
 from tdxhw.validate.errors import CannotValidate
 
 if TYPE_CHECKING:
+    from tdxhw.report.results import Results
     from tdxhw.validate.outcome import Outcome
     from tdxhw.validate.validation import Plan
 
@@ -99,41 +103,44 @@ def validate(
         from tdxhw.lab.archive import build
         from tdxhw.lab.host_run import Wish
         from tdxhw.lab.inventory import load
-        from tdxhw.report.read import read
-        from tdxhw.validate import matrix
         from tdxhw.validate.candidate import read_candidate
         from tdxhw.validate.recovery import recover as roll_back
         from tdxhw.validate.surroundings import LabSurroundings
         from tdxhw.validate.validation import Plan, Validation
 
         def say(text: str) -> None:
-            click.echo(f"{datetime.now().astimezone():%H:%M:%S} {text}", err=as_json)
+            echo(f"{datetime.now().astimezone():%H:%M:%S} {text}", err=as_json)
 
         host = load(labs).host(name)
         if recover:
             problems = roll_back(name, LabSurroundings(host, labs, ssh_config, boot_limit), boot_limit, say)
             for problem in problems:
-                click.echo(f"tdxhw: {problem}", err=True)
+                echo(f"tdxhw: {problem}", err=True)
             return INCONCLUSIVE if problems else 0
         if not kernel or baseline is None:
             raise HarnessError("--kernel and --baseline say what to validate, and against what")
-        words, more = matrix.parse(parameters), _printable(command_line)
+        words = check_wishes(suites, promises, parameters, command_line)
         candidate = read_candidate(kernel, modules)
-        base = read(baseline)
+        base = read_baseline(baseline, suites, name)
         out = out or Path(f"validate-{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
         _make(out)
         token = secrets.token_hex(6)
-        plan = Plan(name, candidate, base, words, out, token, boot_limit, retries, command_line=more)
+        plan = Plan(name, candidate, base, words, out, token, boot_limit, retries, command_line=command_line,
+                    narrowed=bool(keyword))  # fmt: skip
         wish = Wish(suites, promises, keyword, time_limit)
         around = LabSurroundings(
             host, labs, ssh_config, boot_limit, out, build(), wish, retries, token, say
         )  # fmt: skip
         outcome = Validation(plan, around, say).run()
+        document = json.dumps(outcome.as_json(), indent=1)
+        try:
+            (out / "outcome.json").write_text(document, encoding="utf-8")
+        except OSError as error:
+            echo(f"tdxhw: {out / 'outcome.json'}: cannot write it: {error.strerror}", err=True)
         if not no_history:
-            _remember(plan, outcome, history)
-        (out / "outcome.json").write_text(json.dumps(outcome.as_json(), indent=1), encoding="utf-8")
+            remember(plan, outcome, history)
         if as_json:
-            click.echo(json.dumps(outcome.as_json(), indent=1))
+            echo(document)
         else:
             _show(outcome)
     return outcome.exit_code
@@ -141,11 +148,27 @@ def validate(
 
 @contextmanager
 def _inconclusive() -> Iterator[None]:
-    """Turn whatever could not be done into one line and `INCONCLUSIVE`."""
+    """Turn whatever could not be done into one line and `INCONCLUSIVE`: a traceback's exit code would be a verdict."""
     try:
         yield
     except HarnessError as error:
         raise CannotValidate(str(error)) from error
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except OSError as error:
+        raise CannotValidate(f"{error.filename or 'error'}: {error.strerror or error}") from error
+    except Exception as error:
+        traceback.print_exc()
+        raise CannotValidate(f"internal error: {type(error).__name__}: {error}: please report this") from error
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print a line. Nobody there to read it, or a closed terminal, is no reason to leave a host as it is."""
+    try:
+        click.echo(text, err=err)
+    except OSError:
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _make(out: Path) -> None:
@@ -157,14 +180,40 @@ def _make(out: Path) -> None:
         raise HarnessError(f"{out}: is not empty: --out names a new folder, so that nothing is overwritten")
 
 
-def _printable(command_line: str) -> str:
-    """Refuse what means something to GRUB's shell: it ends in its configuration."""
+def check_wishes(
+    suites: Sequence[str], promises: Sequence[str], parameters: Sequence[str], command_line: str
+) -> list[dict[str, str]]:
+    """Refuse what there is not, and what no boot loader could pass on; return the matrix of parameters."""
+    from tdxhw.capabilities import parse_capability
+    from tdxhw.runner import resolve
+    from tdxhw.validate import matrix
+
+    resolve(suites)
+    for promise in promises:
+        parse_capability(promise)
+    # What means something to GRUB's shell would end in its configuration.
     if any(not (char.isalnum() or char in " _.,:=+/@%-") for char in command_line):
         raise HarnessError("--command-line: letters, digits, spaces and _.,:=+/@%- only")
-    return command_line
+    return matrix.parse(parameters)
 
 
-def _remember(plan: "Plan", outcome: "Outcome", where: str | None) -> None:
+def read_baseline(path: Path, suites: Sequence[str], host: str) -> "Results":
+    """Return what a baseline says about the suites. ``HarnessError`` if no verdict can ever come of it."""
+    from tdxhw.report.read import read
+    from tdxhw.runner import resolve
+    from tdxhw.validate.suites import of_suites
+    from tdxhw.validate.verdict import why_useless
+
+    base = of_suites(read(path), resolve(suites)) if suites else read(path)
+    if useless := why_useless(base):
+        of = f" of {' '.join(suites)}" * bool(suites)
+        raise HarnessError(
+            f"{path}: {useless}{of}: `tdxhw run --on lab:{host} --report-log {path}` under a good kernel makes one"
+        )
+    return base
+
+
+def remember(plan: "Plan", outcome: "Outcome", where: str | None) -> None:
     """Keep the results. A history that cannot be written costs no verdict."""
     if not outcome.results.results:
         return
@@ -175,17 +224,17 @@ def _remember(plan: "Plan", outcome: "Outcome", where: str | None) -> None:
         with open_history(where, create=True) as history:
             record = RunRecord("validate", verdict=outcome.verdict.name, line=outcome.line)
             history.add(record, outcome.results)
-    except (HarnessError, ImportError) as error:
-        click.echo(f"tdxhw: {plan.out}: not in the history: {error}", err=True)
+    except Exception as error:  # noqa: BLE001  (whatever it is: the verdict is there)
+        echo(f"tdxhw: {plan.out}: not in the history: {error}", err=True)
 
 
 def _show(outcome: "Outcome") -> None:
-    click.echo()
+    echo()
     for tried, judgement in outcome.judgements:
         if tried.parameters:
-            click.echo(" ".join(f"{key}={value}" for key, value in tried.parameters.items()) + ":")
+            echo(" ".join(f"{key}={value}" for key, value in tried.parameters.items()) + ":")
         for reason in judgement.reasons:
-            click.echo(f"  {reason}")
+            echo(f"  {reason}")
     for difference in outcome.differences:
-        click.echo(f"  {outcome.host}: {difference}")
-    click.echo(outcome.line)
+        echo(f"  {outcome.host}: {difference}")
+    echo(outcome.line)

@@ -23,6 +23,8 @@ _LINUX: Final = ("linux", "linux16", "linuxefi")
 _INITRD: Final = ("initrd", "initrd16", "initrdefi")
 _LOADED: Final = "set tdxhw_loaded=1"
 _NEEDS_INITRD: Final = re.compile(r"root=(UUID|LABEL)=")
+_NOT_COPIED: Final = ("echo", "savedefault", "recordfail", "initrdfail", *_INITRD)
+"""What writes the entry that runs into GRUB's environment (Ubuntu's would boot it again), or only talks."""
 _DEFAULT: Final = re.compile(r"""^\s*set default=(?:"([^"]*)"|'([^']*)'|(\S+))""", re.MULTILINE)
 
 
@@ -140,6 +142,16 @@ def reads_custom(configuration: str) -> bool:
     return "/custom.cfg" in configuration
 
 
+def waits_for_ever(configuration: str) -> bool:
+    """Whether its menu waits for somebody to choose."""
+    return re.search(r"^\s*set timeout=[\"']?-", configuration, re.MULTILINE) is not None
+
+
+def asks_for_a_password(configuration: str) -> bool:
+    """Whether entries are only for users who have a password: it would be asked for on the console."""
+    return re.search(r"^\s*set superusers=[\"']?[^\s\"']", configuration, re.MULTILINE) is not None
+
+
 def default_entry(configuration: str, environment: Mapping[str, str]) -> Entry:
     """Return the entry that boots when nobody chooses. ``MenuError`` if that cannot be told."""
     choices = [next(text for text in found if text) for found in _DEFAULT.findall(configuration) if any(found)]
@@ -216,7 +228,7 @@ def candidate_entry(base: Entry, kernel: str, initrd: str, append: str, root: st
             else:
                 body += ["set tdxhw_loaded=", load, f"\t{_LOADED}"]
             body += ["fi", 'if [ "${tdxhw_loaded}" != 1 ]; then', *(f"\t{one}" for one in own), "fi"]
-        elif word not in ("echo", "savedefault", *_INITRD):
+        elif word not in _NOT_COPIED:
             body.append(line)
     lines = "".join(f"\t{line}\n" for line in body)
     return f"menuentry '{TITLE}: {kernel}' --id {CANDIDATE} {{\n{lines}}}\n"

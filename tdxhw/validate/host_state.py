@@ -28,6 +28,7 @@ _OURS: Final = {
     "build_id": "build id of the kernel",
     "packages": "packages",
     "boot_files": "files in /boot",
+    "kernel_links": "links to the default kernel",
     "module_folders": "folders in /lib/modules",
     "grub_digest": "GRUB's menu",
 }

@@ -142,6 +142,11 @@ class Machine:
         """Whether a folder is there."""
         return self.link.run(f"test -d {path}").exit_code == 0
 
+    def hkids_used(self) -> int | None:
+        """Return how many HKIDs TDs have now, None where the misc cgroup does not count them."""
+        words = (line.split() for line in self.text("/sys/fs/cgroup/misc.current").splitlines())
+        return next((int(number) for name, number in words if name == "tdx"), None)
+
     # ---- what is changed on it ----
 
     def journal(self) -> list[dict[str, Any]]:

@@ -62,6 +62,14 @@ def differs(parameters: Mapping[str, str], base: Mapping[str, str]) -> bool:
     return any(name in base and _meant(value, base[name]) != base[name] for name, value in parameters.items())
 
 
+def is_in_effect(value: str, shown: str) -> bool:
+    """Whether a parameter has the value that was asked for, as /sys/module shows it: 0x10 as 16, on as Y."""
+    try:
+        return int(value, 0) == int(shown, 0)
+    except ValueError:
+        return _meant(value, shown) == shown
+
+
 def _meant(value: str, shown: str) -> str:
     """Return a value as the kernel would show it, where it shows a switch (`kstrtobool()`)."""
     if shown not in ("Y", "N"):

@@ -27,6 +27,8 @@ class Tried:
     results: list[Results] = field(default_factory=list)
     findings: "list[Finding]" = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    not_as_asked: list[str] = field(default_factory=list)  # parameters that have other values than were asked for
+    left_behind: list[str] = field(default_factory=list)  # by the suites, of what only the kernel can give back
     boot_failure: str = ""
     other_parameters: bool = False  # one of them is not what it is under the host's own kernel
 
@@ -47,6 +49,8 @@ class Outcome:
     host: str
     release: str
     base: Results
+    narrowed: bool = False  # not every test of it was to be run
+    tries: int = 1  # how often a test has to fail, if nothing cuts the tries short
     base_findings: "list[Finding]" = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # of infrastructure, of the whole
@@ -67,7 +71,8 @@ class Outcome:
                     self.base, merge(one.results), problems=[*one.problems, *problems],
                     findings=[] if one.boot_failure else one.findings,  # what it died of is told already
                     base_findings=self.base_findings, boot_failure=one.boot_failure,
-                    other_parameters=one.other_parameters,
+                    other_parameters=one.other_parameters, not_as_asked=one.not_as_asked,
+                    tries=self.tries if one.problems else 1, left_behind=one.left_behind, narrowed=self.narrowed,
                 ),
             )
             for one in tried

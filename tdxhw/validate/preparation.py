@@ -16,6 +16,11 @@ _PATHS: Final = (
     "/boot/System.map-{0}", "/var/lib/initramfs-tools/{0}",
 )  # fmt: skip
 
+_LINKS: Final = tuple(
+    f"{folder}/{name}{old}" for folder in ("", "/boot") for name in ("vmlinuz", "initrd.img") for old in ("", ".old")
+)
+"""Debian's and Ubuntu's packages have these lead to the newest kernel, and on removal guess where they led before."""
+
 
 def prepare(machine: Machine, course: Course, target: Target, candidate: Candidate, guard_s: int) -> tuple[str, str]:
     """Pin the host's own kernel, install the candidate; return the file names of its image and initial RAM disk.
@@ -26,6 +31,7 @@ def prepare(machine: Machine, course: Course, target: Target, candidate: Candida
     course.move(Event.PINNED, f"{target.base.kernel_name} stays what it boots")
     machine.change("create", paths=[path.format(candidate.release) for path in _PATHS])
     if candidate.packages:
+        machine.change("keep-links", paths=_LINKS)
         _install_packages(machine, course, candidate)
     else:
         _install_image(machine, course, target, candidate)
@@ -52,10 +58,11 @@ def _install_packages(machine: Machine, course: Course, candidate: Candidate) ->
     files = []
     for package in candidate.packages:
         course.note(f"sending {package.path.name} ({package.path.stat().st_size >> 10} KiB)")
-        files.append(machine.upload(package.path.read_bytes(), package.path.name))
+        # Whatever it is called here, apt takes a file for a package by its name.
+        files.append(machine.upload(package.path.read_bytes(), f"{package.name}.deb"))
     course.note(f"installing {' '.join(package.name for package in candidate.packages)}")
     names = [package.name for package in candidate.packages]
-    machine.change("packages", files=files, packages=names, limit_s=1800)
+    machine.change("packages", files=files, packages=names, limit_s=3600)
 
 
 def _install_image(machine: Machine, course: Course, target: Target, candidate: Candidate) -> None:

@@ -67,6 +67,11 @@ def _reset(machine: Machine, course: Course, around: Surroundings, boot_limit_s:
     power = around.power()
     if power is None:
         raise LabUnreachable(f"{machine.name}: does not answer, and there is no power control: reset it by hand first")
+    if power.is_on():
+        # It may be on its way, and for somebody else: who has it is known only when it answers.
+        course.note(f"does not answer; waiting {boot_limit_s:g} s for it, then it is reset ({power.name})")
+        if machine.answer(boot_limit_s) is not None:
+            return
     course.note(f"does not answer; resetting it ({power.name})")
     power.reset()
     if machine.answer(boot_limit_s) is None:

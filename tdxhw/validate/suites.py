@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,9 +58,9 @@ class Suites:
             self._once(wish, f"{name}-again-{attempt}", collected)
 
     def _given(self, suites: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the suites as the user named them: those of his own by their paths."""
-        paths = {Path(suite).stem.removeprefix("test_"): suite for suite in self.wish.suites}
-        return tuple(paths.get(suite, suite) for suite in suites)
+        """Return the suites as the user named them: those of his own by their paths, or by that of their folder."""
+        paths = {name: given for given in self.wish.suites for name in _names(Path(given))}
+        return tuple(dict.fromkeys(paths.get(suite, suite) for suite in suites))
 
     def _once(self, wish: Wish, name: str, collected: list[Results]) -> None:
         self._runs += 1
@@ -92,6 +92,21 @@ class Suites:
                 self.problems.append(run.problem)
         if interrupted:
             raise KeyboardInterrupt
+
+
+def of_suites(base: Results, files: Sequence[Path]) -> Results:
+    """Return what a baseline says about the suites in `files`: those that are not asked for are no loss."""
+    names = {name for file in files for name in _names(file)}
+    kept = tuple(one for one in base.results if one.suite in names)
+    left_out = len(base.results) - len(kept)
+    note = f"{left_out} results of the baseline are of suites that were not asked for"
+    return Results(kept, base.sources, base.notes + (note,) * bool(left_out))
+
+
+def _names(path: Path) -> list[str]:
+    """Return the names of the suites in a file or folder, as results have them."""
+    files = [*path.rglob("*.py")] if path.is_dir() else [path]
+    return [file.stem.removeprefix("test_") for file in files]
 
 
 def host_clock_ahead_s(said: str) -> float:

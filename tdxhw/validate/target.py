@@ -1,5 +1,6 @@
 """Whether a host can be given a kernel for one boot, and be had back. All of it is checked before it is touched."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,6 +19,7 @@ GUARD_UNIT: Final = "/etc/systemd/system/tdxhw-validate-guard.service"
 GUARD_WANTED: Final = "/etc/systemd/system/sysinit.target.wants/tdxhw-validate-guard.service"
 _INITRD_BYTES: Final = 160 << 20  # a generic initial RAM disk [bytes]
 _WATCHDOG_S: Final = 60
+_SHORTEST_BOOT_S: Final = 60.0  # what a boot takes besides the firmware, shutting down included
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +88,10 @@ done
 """
 
 
-def check(name: str, survey: Mapping[str, Any], candidate: Candidate) -> Target:
+def check(name: str, survey: Mapping[str, Any], candidate: Candidate, boot_limit_s: float) -> Target:
     """Return the target. ``Refused`` says in one line what is in the way, and what to do about it."""
     _check_host(name, survey)
+    _check_limit(name, survey, boot_limit_s)
     base_entry, base = _check_boot_loader(name, survey)
     _check_candidate(name, survey, candidate, base)
     return Target(survey, base_entry, base)
@@ -103,11 +106,24 @@ def _check_host(name: str, survey: Mapping[str, Any]) -> None:
         raise Refused(f"{name}: does not run systemd; nothing would bring back a candidate that has no network")
 
 
+def _check_limit(name: str, survey: Mapping[str, Any], boot_limit_s: float) -> None:
+    """Refuse a limit within which no kernel can boot: each boot would be ended by power control, and none succeed."""
+    firmware_s = survey.get("firmware_s")
+    if firmware_s and firmware_s + _SHORTEST_BOOT_S > boot_limit_s:
+        enough = math.ceil((1.5 * firmware_s + 3 * _SHORTEST_BOOT_S) / 60) * 60
+        raise Refused(
+            f"{name}: its firmware alone took {firmware_s:.0f} s at its last boot: --boot-limit {enough}, for example"
+        )
+
+
 def _check_boot_loader(name: str, survey: Mapping[str, Any]) -> tuple[str, grub_menu.Entry]:
     grub = survey.get("grub")
     if grub is None:
         other = "systemd-boot" if survey.get("systemd_boot") else "no boot loader that is known here"
-        raise Refused(f"{name}: boots with {other}; a kernel for one boot needs GRUB 2 with {'/boot/grub/grub.cfg'}")
+        raise Refused(
+            f"{name}: boots with {other}; a kernel for one boot needs GRUB 2 with /boot/grub/grub.cfg (Fedora's and "
+            "openSUSE's /boot/grub2 is not supported)"
+        )
     if grub.get("environment") is None or grub.get("filesystem") is None:
         raise Refused(f"{name}: grub-editenv or grub-probe is missing or fails: install grub-common")
     if grub["abstraction"] or grub["filesystem"] not in PLAIN_FILE_SYSTEMS:
@@ -123,6 +139,13 @@ def _check_boot_loader(name: str, survey: Mapping[str, Any]) -> tuple[str, grub_
         raise Refused(f"{name}: its grub.cfg does not read next_entry, so grub-reboot has no effect: run update-grub")
     if not grub_menu.reads_custom(configuration):
         raise Refused(f"{name}: its grub.cfg does not read custom.cfg: have /etc/grub.d/41_custom, run update-grub")
+    if grub_menu.waits_for_ever(configuration):
+        raise Refused(
+            f"{name}: its GRUB waits in its menu until somebody chooses: set GRUB_TIMEOUT (and on Ubuntu "
+            "GRUB_RECORDFAIL_TIMEOUT) to some seconds in /etc/default/grub, run update-grub"
+        )
+    if grub_menu.asks_for_a_password(configuration):
+        raise Refused(f"{name}: its GRUB has superusers, and would ask for a password before it boots a new entry")
     environment = grub_menu.parse_environment(str(grub["environment"]))
     if environment.get("next_entry"):
         raise Refused(f"{name}: the next boot is taken: {environment['next_entry']}; grub-editenv - unset next_entry")
@@ -159,9 +182,10 @@ def _check_candidate(name: str, survey: Mapping[str, Any], candidate: Candidate,
     if candidate.packages:
         if survey.get("dpkg_architecture") != "amd64":
             raise Refused(f"{name}: is no Debian amd64 host: give a bzImage and --modules")
-        if not survey["grub"].get("reads_fragments"):
+        if not survey["grub"].get("reads_fragments") or not survey["grub"].get("has_update_grub"):
             raise Refused(
-                f"{name}: its grub-mkconfig does not read /etc/default/grub.d, so the default cannot be pinned"
+                f"{name}: has no grub-mkconfig that reads /etc/default/grub.d, or no update-grub, so the default "
+                "cannot be pinned"
             )
     elif base.initrds and candidate.modules is None and survey.get("root") is None:
         raise Refused(

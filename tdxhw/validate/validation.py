@@ -25,6 +25,7 @@ from tdxhw.validate.outcome import Outcome, Tried
 from tdxhw.validate.preparation import prepare
 from tdxhw.validate.recovery import hold, recover_leftovers, way_back
 from tdxhw.validate.signals import Signals
+from tdxhw.validate.speakers import said_by
 from tdxhw.validate.states import State
 from tdxhw.validate.suites import host_clock_ahead_s
 from tdxhw.validate.surroundings import Surroundings
@@ -51,6 +52,7 @@ class Plan:
     retries: int = 1  # of a boot that failed without a proof, at most 1
     panic_s: int = 10
     command_line: str = ""
+    narrowed: bool = False  # not every test of `base` is to be run
 
 
 class Validation:
@@ -58,7 +60,7 @@ class Validation:
 
     def __init__(self, plan: Plan, surroundings: Surroundings, say: Callable[[str], None]) -> None:
         self.plan = plan
-        self.outcome = Outcome(plan.host, plan.candidate.release, plan.base)
+        self.outcome = Outcome(plan.host, plan.candidate.release, plan.base, plan.narrowed, 1 + plan.retries)
         self._around = surroundings
         self._say = say
         self._token = TOKEN + plan.token
@@ -84,6 +86,9 @@ class Validation:
         except HarnessError as error:
             self.outcome.problems.append(str(error))
             self._tell_what_is_left()
+        except Exception as error:  # noqa: BLE001  (a traceback would end with exit code 1, which is a verdict)
+            self._internal_error(error)
+            self._tell_what_is_left()
         self.outcome.state = self._course.state
         self.outcome.duration_s = time.monotonic() - started
         return self.outcome
@@ -103,19 +108,22 @@ class Validation:
             if isinstance(error, Stranded):
                 raise
         except Exception as error:  # noqa: BLE001  (a mistake of ours is no reason to leave the host as it is)
-            (self.plan.out / "internal-error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            self.outcome.problems.append(f"internal error: {type(error).__name__}: {error}: please report this")
+            self._internal_error(error)
         signals.shield("rolling back", insisted=self.outcome.interrupted)
         if self._way_back is not None:
             failed, self.outcome.differences = self._way_back.restore(before)
             self.outcome.problems += [f"rolling back: {one}" for one in failed]
             self.outcome.problems += [str(one) for one in self.outcome.differences if one.is_ours]
 
+    def _internal_error(self, error: Exception) -> None:
+        self._course.keep("internal-error.txt", traceback.format_exc().splitlines())
+        self.outcome.problems.append(f"internal error: {type(error).__name__}: {error}: please report this")
+
     # ---- the way there ----
 
     def _go(self, before: dict[str, Any]) -> None:
         plan, machine = self.plan, self._machine
-        target = check(plan.host, before, plan.candidate)
+        target = check(plan.host, before, plan.candidate, plan.boot_limit_s)
         base = Boot.of(before)
         self._see_the_power()
         self._course.note(f"runs {base}; everything that was checked is fit for {plan.candidate.release}")
@@ -157,17 +165,23 @@ class Validation:
             failure = self._boot(trial, parameters)
             tried.boot_failure = failure.text if failure is not None else ""
             if failure is None:
+                used = self._machine.hkids_used()
                 ahead_s = host_clock_ahead_s(self._machine.link.run("date +%s.%N").stdout)
                 try:
                     tried.problems += self._around.run_suites(
                         self.plan.base, name, tried.results, lambda: self._up_again(trial, parameters),
                         trial.way_back.press_if_lost,
                     )  # fmt: skip
+                    tried.not_as_asked += trial.not_as_asked(parameters)
+                    tried.left_behind += trial.left_behind(used)
                 finally:
                     self._see_which_kernel(tried)
         finally:
             results = [result for part in tried.results for result in part.results]
-            tried.findings = tie(scan(self._said()[said_before:]), results, host_ahead_s=ahead_s)
+            said = said_by(self._said()[said_before:], self.plan.candidate.release, str(trial.target.survey["release"]))
+            tried.findings = tie(scan(said), results, host_ahead_s=ahead_s)
+            if self._capture is not None and self._capture.problem:
+                self._course.note(f"{self._capture.problem}: what it said since then is not known")
 
     def _boot(self, trial: Trial, parameters: dict[str, str]) -> BootFailure | None:
         """Boot the candidate; once more if it failed and nothing proves that it was its own fault."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from tdxhw.lab.went_down import TOOK_THE_HOST_DOWN
 from tdxhw.report.compare import Change, Comparison, Entry, compare
 from tdxhw.report.results import Results, Status
 
@@ -98,17 +99,27 @@ def judge(
     base_findings: Sequence["Finding"] = (),
     boot_failure: str = "",
     other_parameters: bool = False,
+    not_as_asked: Sequence[str] = (),
+    left_behind: Sequence[str] = (),
+    narrowed: bool = False,
+    tries: int = 1,
 ) -> Judgement:
     """Say whether NEW is as good as BASE.
 
     `problems` are failures of infrastructure, one line each. `findings` were on the console of the new kernel;
     what is in `base_findings`, too, is nothing new. `boot_failure` says how the new kernel was proven not to boot.
     With `other_parameters` the new kernel was asked to be another than the baseline's (``kvm_intel.tdx=N``): a test
-    that is now skipped is then a note, as long as others say something. Only results from hardware count: the
-    simulator says nothing about a kernel build.
+    that is now skipped is then a note, as long as others say something. `not_as_asked` are parameters that did not take
+    effect, one line each: what was tried is then not what was to be tried. `left_behind` is what the suites
+    did not give back (the baseline does not know whether its kernel did). `narrowed` says that not every test of the
+    baseline was to be run (``-k``): those that did not are then no loss. A failure with fewer than `tries` tries
+    proves nothing (infrastructure cut them short), unless the host went down under it. Only results from hardware
+    count: the simulator says nothing about a kernel build.
     """
     base, new = _hardware(base), _hardware(new)
     seen = [_unclear("infrastructure", f"infrastructure: {problem}", problem) for problem in problems]
+    seen += [_unclear("parameters", f"parameters: {line}", line) for line in not_as_asked]
+    seen += [_unclear("left behind", f"left behind by the suites: {line}", line) for line in left_behind]
     if boot_failure:
         # It ran no test, so there is nothing to compare, and nothing more to prove.
         seen.append(_Observation(Weight.REGRESSES, "boot", f"boot: {boot_failure}", boot_failure))
@@ -116,9 +127,17 @@ def judge(
     if obstacle and not (boot_failure and not new.results):
         seen.append(_unclear("not comparable", obstacle, obstacle))
     if comparison is not None:
-        seen += _of_tests(comparison, findings, other_parameters=other_parameters)
+        seen += _of_tests(comparison, findings, other_parameters=other_parameters, narrowed=narrowed, tries=tries)
     seen += _of_console(findings, base_findings)
     return _concluded(comparison, seen)
+
+
+def why_useless(base: Results) -> str:
+    """Say in one line why nothing could ever be concluded from a baseline; nothing if something can."""
+    kept = _hardware(base).results
+    if not kept:
+        return "has no result from hardware" + " (the simulator says nothing about a kernel build)" * bool(base.results)
+    return "" if any(one.status is Status.PASS for one in kept) else "has no test that passed on hardware"
 
 
 def _hardware(results: Results) -> Results:
@@ -159,7 +178,9 @@ def _unclear(kind: str, reason: str, name: str) -> _Observation:
 # ---- tests ----
 
 
-def _of_tests(comparison: Comparison, findings: Iterable["Finding"], *, other_parameters: bool) -> list[_Observation]:
+def _of_tests(
+    comparison: Comparison, findings: Iterable["Finding"], *, other_parameters: bool, narrowed: bool, tries: int
+) -> list[_Observation]:
     console: dict[str, list[str]] = {}
     for finding in findings:
         console.setdefault(finding.test, []).append(_told(finding))
@@ -170,11 +191,18 @@ def _of_tests(comparison: Comparison, findings: Iterable["Finding"], *, other_pa
             weight = Weight.NOTE  # it never passed: nothing that was known is lost
         if other_parameters and entry.change is Change.LOST and all(r.status is Status.SKIP for r in entry.new):
             weight = Weight.NOTE  # it was asked for
+        cut_short = entry.change is Change.REGRESSION and not _is_proven(entry, tries)
+        if cut_short:
+            weight = Weight.UNCLEAR
+        if narrowed and entry.change is Change.GONE:
+            continue  # the same
         if weight is Weight.NOTHING:
             continue
         told = _message(entry)
         if weight is Weight.REGRESSES and entry.name in console:
             told = "; ".join([*filter(None, [told]), "console: " + ", ".join(sorted(console[entry.name]))])
+        if cut_short:
+            told = "; ".join([*filter(None, [told]), "not tried again"])
         where = f" [{entry.host}]" if entry.host else ""
         reason = f"{entry.change.value}: {entry.name}{where}{f': {told}' if told else ''}"
         seen.append(_Observation(weight, entry.change.value, reason, f"{entry.name}{f' ({told})' if told else ''}"))
@@ -182,8 +210,21 @@ def _of_tests(comparison: Comparison, findings: Iterable["Finding"], *, other_pa
         if key != "kernel":
             changed = f"also changed: {key} {', '.join(before) or '-'} → {', '.join(after) or '-'}"
             seen.append(_Observation(Weight.NOTE, "", changed, changed))
-    seen += [_Observation(Weight.NOTE, "", note, note) for note in comparison.notes]
+    notes = list(comparison.notes)
+    if narrowed and (gone := len(comparison.of(Change.GONE))):
+        notes.append(f"{gone} tests of the baseline did not run: they were not asked for")
+    old = {result.host for entry in comparison.entries for result in entry.base}
+    new = {result.host for entry in comparison.entries for result in entry.new}
+    if old and new and not old & new:
+        notes.append(f"the baseline is of another host: {', '.join(sorted(old))}")
+    seen += [_Observation(Weight.NOTE, "", note, note) for note in notes]
     return seen
+
+
+def _is_proven(entry: Entry, tries: int) -> bool:
+    """Whether a test failed as often as was planned, or took its host down."""
+    bad = [result for result in entry.new if result.status.is_bad]
+    return len(bad) >= tries or any(result.message in TOOK_THE_HOST_DOWN for result in bad)
 
 
 def _message(entry: Entry) -> str:
@@ -234,6 +275,8 @@ _LINES: Final = {
     Change.REGRESSION.value: ("1 test fails that passed", "{} tests fail that passed"),
     "console": ("1 new finding on the console", "{} new findings on the console"),
     "infrastructure": ("infrastructure", "infrastructure, {} problems"),
+    "parameters": ("not with the parameters that were asked for", "not with the parameters that were asked for"),
+    "left behind": ("left behind by the suites", "left behind by the suites"),
     "not comparable": ("nothing to compare", "nothing to compare"),
     Change.LOST.value: ("1 test that passed did not run", "{} tests that passed did not run"),
     Change.GONE.value: ("1 test that passed is gone", "{} tests that passed are gone"),

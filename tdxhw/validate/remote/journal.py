@@ -12,6 +12,7 @@ Change           Does                                               Undone by
 ``write``        writes a file, whole or not at all                 what was there before, or removing it
 ``create``       writes nothing: claims a path that must not exist  removing whatever is there by then
 ``link``         makes a symbolic link                              removing it
+``keep-links``   changes nothing: others are about to change links  each link, or none, as it was
 ``move``         moves an uploaded file to a path that is claimed   (the claim)
 ``unpack``       unpacks a tar archive below a claimed path         (the claim)
 ``command``      runs a program                                     running another
@@ -37,6 +38,8 @@ from typing import Any
 
 GRUB_ENVIRONMENT = ("next_entry", "saved_entry", "prev_saved_entry")
 SAYS_WHY = re.compile(r"^(E|dpkg: error|grub-[a-z]+: error|depmod: ERROR)|Depends:|No space left")
+LOCKED = re.compile(r"lock was locked by|is locked by another|Could not get lock|Unable to (acquire|lock)")
+LOCK_S = 600.0  # how long somebody else's work on the packages is waited for
 TAIL = 1000  # what is quoted of a program's output [characters]
 
 
@@ -53,7 +56,9 @@ class Host:
 
     def command(self, argv: list[str], limit_s: float = 600.0) -> str:
         """Run a program and return its output. ``ChangeError`` quotes the end of what a failing one said."""
-        environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", LC_ALL="C", PATH=search_path())
+        environment = dict(
+            os.environ, DEBIAN_FRONTEND="noninteractive", NEEDRESTART_SUSPEND="1", LC_ALL="C", PATH=search_path()
+        )
         try:
             done = subprocess.run(
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
@@ -73,6 +78,10 @@ class Host:
     def sync(self) -> None:
         """Have everything that was written on the disk."""
         os.sync()
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass [s]."""
+        time.sleep(seconds)
 
 
 def search_path() -> str:
@@ -239,6 +248,19 @@ def make_link(host: Host, change: dict[str, Any]) -> dict[str, Any]:
     return {"ok": True}
 
 
+def prepare_keep_links(host: Host, change: dict[str, Any]) -> list[dict[str, Any]]:
+    """Note where each link leads. What is there and is no link is nobody's to change."""
+    paths = {name: host.path(name) for name in change["paths"]}
+    links = {name: os.readlink(str(path)) if path.is_symlink() else "" for name, path in paths.items()}  # noqa: PTH115
+    mine = [name for name, path in paths.items() if path.is_symlink() or not path.exists()]
+    return [{"undo": "link", "path": name, "target": links[name]} for name in mine]
+
+
+def make_nothing(host: Host, change: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Change nothing."""
+    return {"ok": True}
+
+
 def prepare_nothing(host: Host, change: dict[str, Any]) -> list[dict[str, Any]]:  # noqa: ARG001
     """Leave the way back to the claim of the path."""
     return []
@@ -299,9 +321,22 @@ def prepare_packages(host: Host, change: dict[str, Any]) -> list[dict[str, Any]]
     return [{"undo": "purge", "packages": new}]
 
 
+def alone(host: Host, argv: list[str]) -> str:
+    """Run apt-get or dpkg when nobody else does: the timers of apt begin their work right after a boot."""
+    waited_s = 0.0
+    while True:
+        try:
+            return host.command(argv, 1800.0)
+        except ChangeError as error:
+            if not LOCKED.search(str(error)) or waited_s >= LOCK_S:
+                raise
+        host.wait(5.0)
+        waited_s += 5.0
+
+
 def make_packages(host: Host, change: dict[str, Any]) -> dict[str, Any]:
     """Install them."""
-    output = host.command(["apt-get", *APT, "install", *change["files"]], 1800.0)
+    output = alone(host, ["apt-get", *APT, "install", *change["files"]])
     return {"ok": True, "output": output[-TAIL:]}
 
 
@@ -333,6 +368,7 @@ CHANGES = {
     "write": (prepare_write, make_write),
     "create": (prepare_create, make_create),
     "link": (prepare_link, make_link),
+    "keep-links": (prepare_keep_links, make_nothing),
     "move": (prepare_nothing, make_move),
     "unpack": (prepare_nothing, make_unpack),
     "command": (prepare_command, make_command),
@@ -354,6 +390,19 @@ def undo_remove(host: Host, step: dict[str, Any]) -> None:
     remove(host.path(step["path"]))
 
 
+def undo_link(host: Host, step: dict[str, Any]) -> None:
+    """Have the link lead where it led, or not be there."""
+    path = host.path(step["path"])
+    if not step["target"]:
+        if path.is_symlink():
+            path.unlink()
+    elif not path.is_symlink() or os.readlink(str(path)) != step["target"]:  # noqa: PTH115
+        partial = path.with_name("." + path.name + ".tdxhw")
+        remove(partial)
+        os.symlink(step["target"], str(partial))  # noqa: PTH211 (Python 3.7 has no other)
+        partial.replace(path)
+
+
 def undo_command(host: Host, step: dict[str, Any]) -> None:
     """Run it."""
     host.command(step["argv"])
@@ -365,8 +414,8 @@ def undo_packages(host: Host, step: dict[str, Any]) -> None:
     states = dict(line.split(" ", 1) for line in known if " " in line)
     there = [name for name in step["packages"] if states.get(name.split(":")[0], "not-installed") != "not-installed"]
     if there:
-        host.command(["dpkg", "--purge", "--force-remove-reinstreq", *there], 1800.0)
-    host.command(["dpkg", "--configure", "-a"], 1800.0)
+        alone(host, ["dpkg", "--purge", "--force-remove-reinstreq", *there])
+    alone(host, ["dpkg", "--configure", "-a"])
 
 
 def undo_environment(host: Host, step: dict[str, Any]) -> None:
@@ -378,6 +427,7 @@ def undo_environment(host: Host, step: dict[str, Any]) -> None:
 UNDO = {
     "write": undo_write,
     "remove": undo_remove,
+    "link": undo_link,
     "command": undo_command,
     "purge": undo_packages,
     "environment": undo_environment,

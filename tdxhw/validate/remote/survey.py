@@ -47,6 +47,14 @@ def said(*argv: str) -> str | None:
     return done.stdout.decode("utf-8", "replace").rstrip("\n") if done.returncode == 0 else None
 
 
+def content(folder: str) -> list[Path]:
+    """Return what is in a folder; nothing if there is none (a kernel may have no modules)."""
+    try:
+        return sorted(Path(folder).iterdir())
+    except OSError:
+        return []
+
+
 def build_id() -> str | None:
     """Return the running kernel's GNU build id, in hexadecimal."""
     try:
@@ -93,6 +101,13 @@ def misc_cgroup(name: str) -> int | None:
     return None
 
 
+def kernel_links() -> list[str]:
+    """Return where the links to the default kernel lead, which a package's scripts change."""
+    found = [path for path in [*content("/"), *content("/boot")] if path.is_symlink()]
+    kernels = [path for path in found if path.name.startswith(("vmlinuz", "initrd.img"))]
+    return sorted(f"{path} -> {os.readlink(str(path))}" for path in kernels)  # noqa: PTH115 (Python 3.7 has no other)
+
+
 def memory_kib() -> int | None:
     """Return MemTotal [KiB]: what the TDX module's metadata takes is missing from it."""
     found = re.search(r"^MemTotal: +(\d+) kB", text("/proc/meminfo") or "", re.MULTILINE)
@@ -107,6 +122,12 @@ def secure_boot() -> bool:
         except OSError:
             continue
     return False
+
+
+def firmware_s() -> float | None:
+    """Return how long the firmware took at the last boot [s]: Documentation/ABI/testing/sysfs-firmware-acpi."""
+    found = text("/sys/firmware/acpi/fpdt/boot/bootloader_launch_ns") or ""
+    return int(found) / 1e9 if found.isdecimal() and int(found) else None
 
 
 def root() -> str | None:
@@ -147,14 +168,16 @@ def whole() -> dict[str, Any]:
         is_root=os.geteuid() == 0,
         systemd=Path("/run/systemd/system").is_dir(),
         root=root(),
+        firmware_s=firmware_s(),
         secure_boot=secure_boot(),
         kexec_loaded=text("/sys/kernel/kexec_loaded") == "1",
         watchdogs=sorted(path.name for path in Path("/dev").glob("watchdog[0-9]*")),
         boot_free=shutil.disk_usage("/boot").free,
         root_free=shutil.disk_usage("/usr/lib").free,
         boot_is_root=Path("/boot").stat().st_dev == Path("/usr/lib").stat().st_dev,
-        boot_files=sorted(path.name for path in Path("/boot").iterdir() if path.is_file()),
-        module_folders=sorted(path.name for path in Path("/lib/modules").iterdir() if path.is_dir()),
+        boot_files=[path.name for path in content("/boot") if path.is_file()],
+        kernel_links=kernel_links(),
+        module_folders=[path.name for path in content("/lib/modules") if path.is_dir()],
         initramfs=next((tool for tool in ("update-initramfs", "dracut") if said(tool, "--help") is not None), None),
         dpkg_architecture=said("dpkg", "--print-architecture"),
         packages=said("dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Status}\\n"),

@@ -50,6 +50,45 @@ def test_the_first_bad_commit_is_found(tmp_path: Path, culprit: int) -> None:
     assert all(step.line for step in found.steps)
 
 
+def test_a_bad_commit_right_after_the_good_one_is_the_one(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path, ["good", "bad"])
+    found = bisected(tree, tree.plan())
+    assert found.commits == ((tree.commits[1], "kvm/tdx: change 1"),)
+    assert (found.steps, found.problem) == ((), ""), "there is nothing to find out"
+
+
+def branched_off(tree: KernelTree, state: str) -> KernelTree:
+    """Have the good end on a branch of its own, from the second commit on."""
+    tree.git("checkout", "--quiet", "-b", "side", tree.commits[1])
+    (tree.tree / "state").write_text(state)
+    (tree.tree / "number").write_text("side")
+    tree.git("commit", "--quiet", "--all", "--message", "on the side")
+    good = tree.git("rev-parse", "HEAD")
+    tree.git("checkout", "--quiet", "next")
+    return replace(tree, commits=(good, *tree.commits[1:]))
+
+
+def test_a_good_end_on_another_branch_will_do(tmp_path: Path) -> None:
+    tree = branched_off(make_tree(tmp_path, states_around(4, 7)), "good")
+    assert bisected(tree, tree.plan()).commits == ((tree.commits[4], "kvm/tdx: change 4"),)
+
+
+def test_a_good_end_that_is_only_good_because_of_a_fix_of_its_own_is_told(tmp_path: Path) -> None:
+    tree = branched_off(make_tree(tmp_path, ["good", "bad", "bad", "bad"]), "good")
+    found = bisected(tree, tree.plan())
+    assert found.commits == ()
+    assert found.problem.startswith(f"{tree.commits[1]}, where --good and --bad branched off, is bad, too")
+
+
+def test_a_culprit_behind_a_merge_is_found(tmp_path: Path) -> None:
+    tree = branched_off(make_tree(tmp_path, states_around(9, 4)), "bad")
+    tree.git("merge", "--quiet", "--strategy-option=theirs", "--message", "merge", "side")
+    merged = tree.git("rev-parse", "HEAD")
+    start = tree.git("rev-parse", "next~4")
+    whole = replace(tree, commits=(start, merged))
+    assert bisected(whole, whole.plan()).commits == ((tree.commits[0], "on the side"),)
+
+
 def test_a_commit_that_does_not_build_is_skipped(tmp_path: Path) -> None:
     tree = make_tree(tmp_path, states_around(3, n5="broken", n6="broken"))
     found = bisected(tree, tree.plan())
@@ -107,6 +146,17 @@ def test_a_build_without_a_kernel_stops_the_bisection(tmp_path: Path, build: str
     found = bisected(tree, tree.plan(build, kernel))
     assert (found.commits, len(found.steps)) == ((), 1)
     assert problem in found.problem
+
+
+def test_a_build_that_leaves_something_in_the_background_is_over_when_it_ends(tmp_path: Path) -> None:
+    """A compiler's server keeps the output open for as long as it lives."""
+    tree = make_tree(tmp_path, states_around(2, 4))
+    begun = time.monotonic()
+    found = bisected(tree, tree.plan(f"{{ sleep 25 & }}; {BUILD}; echo built; printf 'no end of line'"))
+    assert time.monotonic() - begun < 20
+    assert found.commits[0][0] == tree.commits[2]
+    (log, *_) = sorted((tmp_path / "keep").glob("*.build.log"))
+    assert log.read_text() == "built\nno end of line"
 
 
 def test_a_package_of_an_earlier_build_is_never_taken_for_this_ones(tmp_path: Path) -> None:
@@ -182,8 +232,9 @@ PROGRAM = """
 import json, pathlib, sys
 from tdxhw.bisect.plan import Plan
 from tdxhw.bisect.session import bisect
-found = bisect(Plan.load(pathlib.Path(sys.argv[1])), lambda line: print(line, flush=True))
-print(json.dumps([found.interrupted, found.not_reset, [step.outcome for step in found.steps]]))
+from tdxhw.validate.cli import echo
+found = bisect(Plan.load(pathlib.Path(sys.argv[1])), echo)
+echo(json.dumps([found.interrupted, found.not_reset, [step.outcome for step in found.steps]]))
 """
 Start = Callable[[KernelTree, Plan], "subprocess.Popen[str]"]
 
@@ -267,3 +318,16 @@ def test_a_step_whose_tdxhw_is_gone_builds_nothing(tmp_path: Path) -> None:
     step = run_step(replace(tree.plan("touch built"), owner=gone.pid))
     assert (step.outcome, step.line) == ("stopped", "the tdxhw that watched over the bisection is gone")
     assert not (tree.tree / "built").exists()
+
+
+def test_a_reader_that_goes_away_leaves_no_step_running_in_a_tree_that_is_put_back(
+    started: Start, tmp_path: Path
+) -> None:
+    tree = make_tree(tmp_path, states_around(3, 6))
+    child = started(tree, tree.plan())
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.wait(timeout=60) == 0
+    assert len(list(tmp_path.glob("keep/*/outcome.json"))) == len(steps(tmp_path / "keep")) >= 2
+    assert f"first bad commit: [{tree.commits[3]}]" in (tmp_path / "keep/git-bisect.log").read_text()
+    assert tree.git("rev-parse", "HEAD") == tree.commits[-1]

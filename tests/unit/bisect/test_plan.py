@@ -1,5 +1,7 @@
 """What stands against a bisection is said before anything is built, and nothing was touched then."""
 
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,17 +93,39 @@ def test_refuses_two_histories(tree: KernelTree) -> None:
     assert refusal(tree, good="next", bad="other") == "--good next and --bad other have no history in common"
 
 
-@pytest.mark.parametrize("build", ["no-such-command -j8", "ARCH=x86 no-such-command", "./no-such-command"])
+def test_a_shallow_clone_is_told_apart_from_two_histories(tree: KernelTree) -> None:
+    elsewhere = tree.around / "shallow"
+    tree.git("clone", "--quiet", "--depth=1", f"file://{tree.tree}", str(elsewhere))
+    shallow = replace(tree, around=elsewhere.parent)
+    git = ["git", "-C", str(elsewhere), "fetch", "--quiet", "--depth=1", "origin", tree.commits[0]]
+    subprocess.run(git, check=True, capture_output=True)
+    told = refusal(shallow, where=str(elsewhere), good=tree.commits[0])
+    assert told.endswith("no history in common: the clone is shallow: git fetch --unshallow")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        "no-such-command -j8",
+        "no-such-command;true",
+        "no-such-command>log",
+        "ARCH=x86 no-such-command",
+        "./no-such-command",
+    ],
+)
 def test_refuses_a_build_command_that_is_not_there(tree: KernelTree, build: str) -> None:
     assert "no-such-command' in" in refusal(tree, build=build)
 
 
-@pytest.mark.parametrize("build", ["", "A=1", "echo 'x"])
+@pytest.mark.parametrize("build", ["", "A=1", "echo 'x", "if true; then", "make )"])
 def test_refuses_what_is_no_command(tree: KernelTree, build: str) -> None:
     assert refusal(tree, build=build).startswith("--build: ")
 
 
-@pytest.mark.parametrize("build", ["make -j2 bindeb-pkg", "cd . && true", "CC=gcc sh build.sh"])
+@pytest.mark.parametrize("build", [
+    "make -j2 bindeb-pkg", "cd . && true", "CC=gcc sh build.sh", "make;true", "(make)", "make>log", "{ make; }",
+    "$HOME/bin/build", "~/bin/build", "make&&cp a b", '"$(command -v make)" -j2', "echo \"it's\"",
+])  # fmt: skip
 def test_a_build_command_may_be_any_of_the_shells(tree: KernelTree, build: str) -> None:
     assert make(tree, build=build).build == build
 
@@ -127,14 +151,20 @@ def test_refuses_a_lab_and_a_baseline_that_validation_would_refuse_an_hour_later
     command = ["bisect", "--good", "HEAD~3", "--bad", "HEAD", "--tree", str(tree.tree), "--labs", str(labs),
                "--build", "true", "--baseline", str(baseline), "--keep", str(tmp_path / "keep")]  # fmt: skip
 
-    def error(lab: str) -> str:
-        result = CliRunner().invoke(cli, [*command, "--lab", lab])
+    def error(lab: str, *more: str) -> str:
+        result = CliRunner().invoke(cli, [*command, "--lab", lab, *more])
         assert isinstance(result.exception, HarnessError), result.output
         return str(result.exception)
 
     assert error("gone") == f"{baseline}: cannot read it: No such file or directory"
     baseline.write_text(json_lines.render(every_kind()))
     assert "spr-02" in error("spr-02")
+    assert error("gone", "--", "nonsense").startswith("no suite 'nonsense'")
+    assert "has no result from hardware of td_memory" in error("gone", "--", "td_memory")
+    assert error("gone", "--", "--retries", "x").startswith("-- Invalid value for '--retries'")
+    assert "MODULE.PARAMETER=VALUE" in error("gone", "--", "--parameters", "tdx")
+    assert "--recover is none" in error("gone", "--", "--recover")
+    assert "--kernel belongs before it" in error("gone", "--", "--kernel", "x")
     assert error("gone").startswith("gone: 127.0.0.1:1: ")
     (tree.tree / "state").write_text("changed")
     assert "commit or stash that first" in error("gone")

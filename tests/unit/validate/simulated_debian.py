@@ -45,6 +45,8 @@ class SimulatedDebian(journal.Host):
         self.effects = 0
         self.broken: set[str] = set()
         """Programs that fail."""
+        self.locked_s = 0.0
+        """How long somebody else still works on its packages [s]."""
         self.archive: dict[str, dict[str, Any]] = {}
         """What is in the .deb of a name: release, size, packages it needs."""
 
@@ -62,6 +64,7 @@ class SimulatedDebian(journal.Host):
         host.save_packages({"linux-image-own": {"version": "1", "status": "installed", "release": OWN}})
         host.unpack_kernel(OWN)
         host.save_environment({})
+        (root / "vmlinuz").symlink_to(f"boot/vmlinuz-{OWN}")
         host.update_grub()
         return host
 
@@ -99,9 +102,18 @@ class SimulatedDebian(journal.Host):
     def sync(self) -> None:
         self.effect()
 
+    def wait(self, seconds: float) -> None:
+        self.locked_s -= seconds
+
     def command(self, argv: list[str], limit_s: float = 600.0) -> str:
         self.effect()
         program = argv[0]
+        if self.locked_s > 0 and program in ("apt-get", "dpkg") and "--simulate" not in argv:
+            said = {
+                "apt-get": "E: Could not get lock /var/lib/dpkg/lock. It is held by process 7 (unattended-upgr)",
+                "dpkg": "dpkg: error: dpkg frontend lock was locked by another process with pid 7",
+            }
+            raise ChangeError(f"{shlex.join(argv)}: exit code 2: {said[program]}")
         if program in self.broken:
             raise ChangeError(f"{shlex.join(argv)}: exit code 1: it is broken")
         match argv:
@@ -180,7 +192,16 @@ class SimulatedDebian(journal.Host):
         release = self.packages()[name]["release"]
         self.command(["update-initramfs", "-c", "-k", release])
         self.command(["update-grub"])
+        self.links_to(f"boot/vmlinuz-{release}")
         self.set_status(name, "installed", release)
+
+    def links_to(self, kernel: str) -> None:
+        """Do as linux-update-symlinks does: to another kernel, what there was before becomes the old one."""
+        for name in ("vmlinuz.old", "vmlinuz"):
+            self.effect()
+            self.file(name).unlink(missing_ok=True)
+            self.effect()
+            self.file(name).symlink_to(kernel)
 
     def purge(self, name: str) -> None:
         packages = self.packages()
@@ -190,6 +211,7 @@ class SimulatedDebian(journal.Host):
             self.file(path).unlink(missing_ok=True)
         self.effect()
         self.command(["update-grub"])
+        self.links_to(f"boot/vmlinuz-{OWN}")
         del packages[name]
         self.save_packages(packages)
 

@@ -29,6 +29,8 @@ NEW: Final = "7.2.13-new"
 NEW_ID: Final = "cafe" * 10
 OWN_ID: Final = "0123" * 10
 PACKAGE: Final = "linux-image-new"
+PARAMETERS: Final = ("kvm_intel.tdx", "kvm_intel.ept")
+"""Switches that modules of the kernel on trial have."""
 _BOOT_S: Final = 30.0
 _GUARD_S: Final = 50.0
 
@@ -86,6 +88,11 @@ class SimulatedLab:
         self.operations = 0
         self.tests: dict[str, list[Status]] = {}
         """What tests give under the kernel on trial, try by try; the last one again and again."""
+        self.stuck: dict[str, str] = {}
+        """Parameters that have a value whatever was asked for."""
+        self.hkids_used: int | None = None
+        self.has_secure_boot = False
+        self.grub_says = "invalid magic number"
         self.boots = 0
         self.presses: list[str] = []
         self.switch_is_broken = False
@@ -130,11 +137,18 @@ class SimulatedLab:
                 log = self.debian.file(f"{FOLDER[1:]}/guard.log")
                 log.write_text(f"up {NEW} boot-{self.boots}\nunconfirmed\nlo UNKNOWN 127.0.0.1/8\n\n[1.0] Linux\n")
             case Kernel.BROKEN:  # the entry then loads the host's own
-                self.say("error: invalid magic number.", f"[    0.000000] Linux version {OWN}")
+                self.say(f"error: {self.grub_says}.", f"[    0.000000] Linux version {OWN}")
                 self.release, self.build_id = OWN, OWN_ID
                 self.cmdline = f"BOOT_IMAGE=/boot/vmlinuz-{OWN} root=/dev/sda1 ro"
             case Kernel.OTHER_BUILD:
                 self.build_id = "dead" * 10
+
+    def module_parameter(self, name: str) -> str:
+        """Return what /sys/module shows, nothing if there is no such parameter."""
+        if name not in PARAMETERS or name in self.stuck:
+            return self.stuck.get(name, "")
+        words = (word.partition("=") for word in self.cmdline.split())
+        return next((value + "\n" for key, _, value in words if key == name), "Y\n")
 
     def lose_power(self, *, comes_back: bool) -> None:
         """Pull the plug."""
@@ -312,6 +326,14 @@ class SimulatedLink:
                 return Completed(0, text.read_text() if text.exists() else "", "")
             case ["rm", "-f", path]:
                 files(path[1:]).unlink(missing_ok=True)
+            case ["cat", path, *_] if path.startswith("/sys/module/"):
+                name = path.removeprefix("/sys/module/").replace("/parameters/", ".")
+                return Completed(0, self._lab.module_parameter(name), "")
+            case ["cat", "/sys/fs/cgroup/misc.current", *_] if self._lab.hkids_used is not None:
+                return Completed(0, f"sev 0\ntdx {self._lab.hkids_used}\n", "")
+            case ["test", "-d", path] if path.startswith("/sys/module/"):
+                module = path.removeprefix("/sys/module/")
+                return Completed(0 if any(name.startswith(f"{module}.") for name in PARAMETERS) else 1, "", "")
             case ["test", "-d", path]:
                 return Completed(0 if files(path[1:]).is_dir() else 1, "", "")
             case ["date", _]:
@@ -367,7 +389,7 @@ class SimulatedLink:
             "packages": "\n".join(f"{name} {one['version']} {one['status']}"
                                   for name, one in lab.debian.packages().items()),
             "parameters": {"kvm.tdp_mmu": "Y"}, "tainted": 0, "modules": ["kvm"], "memory_kib": 1000000,
-            "tdx_log": [],
+            "tdx_log": [], "secure_boot": lab.has_secure_boot,
             "grub": {
                 "folder": "/boot/grub", "configuration": configuration,
                 "custom": custom.read_text() if custom.exists() else None,

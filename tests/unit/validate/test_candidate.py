@@ -1,8 +1,12 @@
 """What is given with --kernel: packages, a bzImage with modules, and everything that is neither."""
 
+import bz2
+import gzip
 import io
+import lzma
+import random
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -110,7 +114,8 @@ def mistakes(folder: Path) -> dict[str, tuple[list[Path], str, str]]:
         "two images": ([image, image], "none", "packages (.deb) or one bzImage"),
         "package and --modules": ([good], "m.tar", "packages bring their modules"),
         "image without modules": ([image], "", "--modules TAR has to bring its modules"),
-        "no archive": ([image], str(text), "no tar archive that can be read"),
+        "no archive": ([image], str(text), "no tar archive that can be read: it is no .tar, .tar.gz"),
+        "folder for an archive": ([image], str(folder), "no tar archive that can be read: Is a directory"),
         "archive that is not there": ([image], str(folder / "m.tar"), "m.tar: no such file"),
         "modules of another kernel": (
             [image], str(archive(folder / "m", "lib/modules/6.1/kernel/a.ko")), f"of {RELEASE} in it; there are: 6.1",
@@ -124,3 +129,25 @@ def test_what_is_no_kernel_is_refused_by_name(tmp_path: Path) -> None:
             read_candidate(files, modules)
         assert told in str(error.value), name
         assert "\n" not in str(error.value), name
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress, bz2.compress], ids=["", "gz", "xz", "bz2"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_modules_that_are_cut_short_or_damaged_are_refused_and_blame_no_kernel(
+    tmp_path: Path, image: Path, pack: Callable[[bytes], bytes], part: float
+) -> None:
+    path = tmp_path / "m.tar"
+    noise = random.Random(1).randbytes(3000)
+    with tarfile.open(path, "w") as tar:
+        for number in range(30):
+            member = tarfile.TarInfo(f"lib/modules/{RELEASE}/kernel/{number}.ko")
+            member.size = len(noise)
+            tar.addfile(member, io.BytesIO(noise))
+    whole = pack(path.read_bytes())
+    path.write_bytes(whole)
+    assert read_candidate([image], str(path)).installed_bytes > 90000
+    at = int(len(whole) * part) // 512 * 512  # the end of a block, where nothing is half there
+    for broken in (whole[:at], whole[:at] + b"x" * 4096 + whole[at + 4096 :]):
+        path.write_bytes(broken)
+        with pytest.raises(CandidateError, match="no tar archive that can be read"):
+            read_candidate([image], str(path))

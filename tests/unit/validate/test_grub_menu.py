@@ -140,6 +140,36 @@ def test_the_entry_on_trial_keeps_microcode_and_drops_what_would_make_it_the_def
     assert "[ -f" not in without, "and none where it has none"
 
 
+def test_what_would_have_ubuntu_boot_it_twice_is_left_out() -> None:
+    """`initrdfail` saves the entry as `prev_entry`, and boots it again if nothing has cleared that until then."""
+    text = (
+        entry("x", "y", OLD).replace("\tload_video", "\trecordfail\n\tload_video").replace("\n}", "\n\tinitrdfail\n}")
+    )
+    (base,) = parse(text)
+    assert {"recordfail", "initrdfail"} <= set(base.body)
+    made = candidate_entry(base, "vmlinuz-new", "initrd.img-new", "")
+    assert "recordfail" not in made
+    assert "initrdfail" not in made
+
+
+@pytest.mark.parametrize(
+    ("line", "waits", "asks"),
+    [
+        ("  set timeout=-1", True, False),
+        ("set timeout='-1'", True, False),
+        ("  set timeout=5", False, False),
+        ("set timeout_style=hidden", False, False),
+        ("set superusers=root", False, True),
+        ('set superusers="a b"', False, True),
+        ('set superusers=""', False, False),
+        ("# set superusers=root", False, False),
+    ],
+)
+def test_a_menu_that_waits_for_a_person_is_told(line: str, waits: bool, asks: bool) -> None:
+    text = f"{configuration()}\n{line}\n"
+    assert (grub_menu.waits_for_ever(text), grub_menu.asks_for_a_password(text)) == (waits, asks)
+
+
 def test_what_grub_cannot_load_is_answered_by_the_host_s_own_kernel_not_by_a_menu() -> None:
     (base,) = parse(entry("x", "y", OLD))
     lines = [line.strip() for line in candidate_entry(base, "vmlinuz-new", "initrd.img-new", "panic=1").splitlines()]

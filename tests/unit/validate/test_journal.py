@@ -24,6 +24,7 @@ PACKAGE: list[dict[str, Any]] = [
     {"change": "create", "paths": ["/etc/default/grub.d"], "folders": ["/etc/default/grub.d"]},
     {"change": "write", "path": PIN, "text": "GRUB_DEFAULT='more>linux-6.12.9-own'\n"},
     {"change": "create", "paths": CLAIMED},
+    {"change": "keep-links", "paths": ["/vmlinuz", "/vmlinuz.old", "/boot/vmlinuz"]},
     {"change": "packages", "files": ["/tmp/linux-image-new.deb"], "packages": ["linux-image-new"]},
     {"change": "write", "path": "/boot/grub/custom.cfg", "text": "menuentry"},
     {"change": "boot-once", "environment": "/boot/grub/grubenv", "entry": "new"},
@@ -183,7 +184,7 @@ def test_packages_that_could_not_be_taken_back_are_refused(
     host.archive["linux-image-new"]["plan"] = plan
     before = host.snapshot()
     journal.begin({})
-    answer = operate(journal, "do", PACKAGE[4])
+    answer = operate(journal, "do", PACKAGE[5])
     assert reason in answer["error"]
     assert host.snapshot() == before
     assert len(journal.lines()) == 1, "there is nothing to undo"
@@ -246,3 +247,26 @@ def test_modules_are_unpacked_below_their_folder_and_nowhere_else(
 def test_every_change_is_tested_here() -> None:
     tested = {change["change"] for change in PACKAGE + IMAGE}
     assert tested | {"unpack"} == set(CHANGES)
+
+
+def test_who_works_on_the_packages_right_after_a_boot_is_waited_for(
+    host_and_journal: tuple[SimulatedDebian, Journal],
+) -> None:
+    host, journal = host_and_journal
+    before = host.snapshot()
+    host.locked_s = 60.0
+    perform(journal, PACKAGE)
+    assert host.file(f"boot/vmlinuz-{NEW}").exists()
+    host.locked_s = 60.0
+    assert journal.undo() == {"ok": True, "failed": []}
+    assert host.snapshot() == before
+
+
+def test_who_never_ends_its_work_on_the_packages_is_named(host_and_journal: tuple[SimulatedDebian, Journal]) -> None:
+    host, journal = host_and_journal
+    journal.begin({"what": "a test"})
+    host.locked_s = 1e9
+    answer = operate(journal, "do", PACKAGE[5])
+    assert not answer["ok"]
+    assert "held by process 7 (unattended-upgr)" in answer["error"]
+    assert 1e9 - host.locked_s <= 700

@@ -10,7 +10,7 @@ from tdxhw.history import queries
 from tdxhw.history.queries import Wanted
 from tdxhw.history.store import History, RunRecord
 from tdxhw.report.results import Results, Status
-from tdxhw.validate.matrix import MAX_BOOTS, MatrixError, differs, parse, words
+from tdxhw.validate.matrix import MAX_BOOTS, MatrixError, differs, is_in_effect, parse, words
 from tdxhw.validate.outcome import Outcome, Tried
 from tests.unit.report.samples import result
 
@@ -102,3 +102,15 @@ def test_a_value_is_another_only_if_the_kernel_would_show_another(asked: str, sh
 
 def test_a_parameter_that_the_own_kernel_does_not_show_is_no_other() -> None:
     assert not differs({"kvm_intel.new": "1"}, {"kvm_intel.tdx": "Y"})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "is_so"),
+    [
+        ("Y", "Y", True), ("1", "Y", True), ("on", "Y", True), ("off", "N", True), ("N", "Y", False), ("1", "N", False),
+        ("16", "16", True), ("0x10", "16", True), ("-1", "-1", True), ("1", "0", False), ("bad", "good", False),
+        ("auto", "auto", True),
+    ],
+)  # fmt: skip
+def test_a_value_is_in_effect_however_the_kernel_shows_it(value: str, shown: str, is_so: bool) -> None:
+    assert is_in_effect(value, shown) is is_so

@@ -55,6 +55,9 @@ REFUSALS: list[tuple[Callable[[dict[str, Any]], None], Candidate, str]] = [
     (grub(filesystem="btrfs"), PACKAGED, "is on btrfs, where GRUB cannot write"),
     (replaced("save_env next_entry", ""), PACKAGED, "grub-reboot has no effect"),
     (replaced("custom.cfg", "else.cfg"), PACKAGED, "does not read custom.cfg"),
+    (replaced("set default", "set timeout=-1\n   set default"), PACKAGED, "waits in its menu until somebody chooses"),
+    (replaced("set default", 'set superusers="root"\nset default'), PACKAGED, "would ask for a password"),
+    (host(firmware_s=412.3), PACKAGED, "its firmware alone took 412 s at its last boot: --boot-limit 840, for example"),
     (grub(environment="next_entry=memtest\n"), PACKAGED, "the next boot is taken: memtest"),
     (host(cmdline="BOOT_IMAGE=/boot/vmlinuz-5.0 ro"), PACKAGED, "runs vmlinuz-5.0, but would boot"),
     (host(machine="aarch64"), PACKAGED, "is aarch64, and the kernel is x86_64"),
@@ -65,6 +68,7 @@ REFUSALS: list[tuple[Callable[[dict[str, Any]], None], Candidate, str]] = [
     (host(secure_boot=True), PACKAGED, "Secure Boot is on"),
     (host(dpkg_architecture=None), PACKAGED, "give a bzImage and --modules"),
     (grub(reads_fragments=False), PACKAGED, "the default cannot be pinned"),
+    (grub(has_update_grub=False), PACKAGED, "or no update-grub"),
     (host(root=None), PLAIN, "its root file system is on no plain partition"),
     (host(initramfs=None), WITH_MODULES, "neither update-initramfs nor dracut"),
     (host(root_free=100 << 20), PACKAGED, "/usr/lib/modules has 100 MiB free; the kernel may need 210 MiB"),
@@ -78,28 +82,37 @@ def test_refuses(
 ) -> None:
     spoil(survey)
     with pytest.raises(Refused) as error:
-        check("vm", survey, candidate)
+        check("vm", survey, candidate, 300)
     assert told in str(error.value)
     assert str(error.value).startswith("vm: ")
 
 
 @pytest.mark.parametrize("candidate", [PACKAGED, PLAIN])
 def test_a_host_that_is_fit_is_a_target(survey: dict[str, Any], candidate: Candidate) -> None:
-    target = check("vm", survey, candidate)
+    target = check("vm", survey, candidate, 300)
     assert target.base_entry == f"more>linux-{OWN}"
     assert target.needs_initrd
 
 
+def test_a_limit_that_leaves_time_to_boot_will_do(survey: dict[str, Any]) -> None:
+    survey["firmware_s"] = 412.3
+    assert check("vm", survey, PLAIN, 840).needs_initrd
+    survey["firmware_s"] = 45.0
+    assert check("vm", survey, PLAIN, 110).needs_initrd
+    del survey["firmware_s"]
+    assert check("vm", survey, PLAIN, 20).needs_initrd, "it is not known"
+
+
 def test_what_is_in_the_custom_menu_stays(survey: dict[str, Any]) -> None:
     survey["grub"]["custom"] = "menuentry 'mine' {\n}"
-    menu = check("vm", survey, PLAIN).custom_menu("vmlinuz-new", "", "panic=1")
+    menu = check("vm", survey, PLAIN, 300).custom_menu("vmlinuz-new", "", "panic=1")
     assert menu.startswith("menuentry 'mine' {\n}\nmenuentry 'Kernel on trial")
 
 
 def test_a_watchdog_is_armed_where_there_is_one(survey: dict[str, Any]) -> None:
-    assert check("vm", survey, PLAIN).rescue_arguments(7) == "panic=7"
+    assert check("vm", survey, PLAIN, 300).rescue_arguments(7) == "panic=7"
     survey["watchdogs"] = ["watchdog0"]
-    assert check("vm", survey, PLAIN).rescue_arguments(7) == "panic=7 systemd.watchdog_sec=60"
+    assert check("vm", survey, PLAIN, 300).rescue_arguments(7) == "panic=7 systemd.watchdog_sec=60"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "bzImage").write_bytes(bzimage(vmlinux()))
     result = Result("suite", "a", "vm", Status.PASS, provenance={"backend": "local"})
     (tmp_path / "base.jsonl").write_text(json.dumps(result.to_json()) + "\n")
+    for name, status, backend in (("failed", Status.FAIL, "local"), ("simulated", Status.PASS, "sim")):
+        other = Result("suite", "a", "vm", status, provenance={"backend": backend})
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(other.to_json()) + "\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     return tmp_path
@@ -48,6 +51,12 @@ MISTAKES: list[tuple[dict[str, str | None], str]] = [
     ({"boot_limit": "1"}, "--boot-limit"),
     ({"retries": "x"}, "--retries"),
     ({"out": "full"}, "is not empty"),
+    ({"baseline": "simulated.jsonl"}, "has no result from hardware (the simulator says nothing about a kernel build)"),
+    ({"baseline": "failed.jsonl"}, "has no test that passed on hardware"),
+    ({"suites": "nonsense"}, "'nonsense'"),
+    ({"suites": "nowhere.py"}, "no file nowhere.py"),
+    ({"suites": "kvm_device"}, "has no result from hardware of kvm_device"),
+    ({"promise": "nonsense"}, "'nonsense'"),
 ]
 
 
@@ -55,9 +64,10 @@ MISTAKES: list[tuple[dict[str, str | None], str]] = [
 def test_a_mistake_is_inconclusive_and_one_line(
     files: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str | None], told: str
 ) -> None:
-    if changes.get("out"):
-        changes = changes | {"out": str(files / "full")}
-    assert main(arguments(files, **changes)) == 125
+    for name in changes.keys() & {"out", "baseline"}:
+        changes = changes | {name: str(files / (changes[name] or "")) if changes[name] else None}
+    suites = [word] if (word := changes.pop("suites", None)) else []
+    assert main([*arguments(files, **changes), *suites]) == 125
     output = capsys.readouterr()
     assert told in output.err
     assert output.err.count("\n") == 1, output.err

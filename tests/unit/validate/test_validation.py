@@ -77,6 +77,34 @@ def test_the_candidate_is_never_the_default_not_even_while_it_is_installed(folde
     assert booted == [OWN, OWN]
 
 
+def test_a_package_may_be_called_whatever_it_is_here(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    plan = plan_for(folder)
+    named = folder / "a kernel (1).package"
+    (package,) = plan.candidate.packages
+    package.path.rename(named)
+    renamed = replace(plan.candidate, packages=(replace(package, path=named),))
+    outcome = Validation(replace(plan, candidate=renamed), lab, print).run()
+    assert outcome.verdict is Verdict.GOOD, outcome.problems
+
+
+@pytest.mark.parametrize(("after", "verdict"), [(3, Verdict.INCONCLUSIVE), (1, Verdict.GOOD), (0, Verdict.GOOD)])
+def test_hkids_that_the_suites_leave_in_use_are_told_loudly(folder: Path, after: int, verdict: Verdict) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.hkids_used = 1
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        lab.hkids_used = after
+        return original(*arguments)  # type: ignore[arg-type]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is verdict
+    told = f"INCONCLUSIVE linux {NEW} on vm: left behind by the suites: HKIDs in use: 1 before, 3 after: leaked"
+    assert (outcome.line == told) is (verdict is Verdict.INCONCLUSIVE)
+
+
 def test_a_regression_is_told_by_name(folder: Path) -> None:
     lab = SimulatedLab(folder / "host")
     lab.tests = {"a": [Status.FAIL]}
@@ -85,6 +113,34 @@ def test_a_regression_is_told_by_name(folder: Path) -> None:
     assert outcome.exit_code == 1
     assert outcome.line == f"REGRESSED linux {NEW} on vm: 1 test fails that passed: suite::a"
     assert_as_it_was(lab, before)
+
+
+@pytest.mark.parametrize(
+    ("fails", "message", "verdict"),
+    [
+        (1, "", Verdict.INCONCLUSIVE),
+        (2, "", Verdict.INCONCLUSIVE),
+        (3, "", Verdict.REGRESSED),
+        (1, "the host rebooted during this test", Verdict.REGRESSED),
+    ],
+)
+def test_a_failure_whose_tries_were_cut_short_is_no_regression_unless_it_took_the_host_down(
+    folder: Path, fails: int, message: str, verdict: Verdict
+) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.tests = {"a": [Status.FAIL] * fails}
+    original = lab.run_suites
+
+    def run_suites(base: Results, name: str, collected: list[Results], *rest: object) -> list[str]:
+        original(base, name, collected, *rest)  # type: ignore[arg-type]
+        collected[-1] = Results(tuple(replace(one, message=message) for one in collected[-1].results))
+        return ["vm: its network was down for an hour"]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder, retries=2)
+    assert outcome.verdict is verdict, outcome.line
+    told = any("not tried again" in reason for reason in outcome.judgements[0][1].reasons)
+    assert told is (verdict is Verdict.INCONCLUSIVE)
 
 
 def test_a_flake_is_told_and_is_no_regression(folder: Path) -> None:
@@ -131,6 +187,20 @@ def test_what_its_console_says_proves_the_failure_at_once(folder: Path, kernel: 
     assert_as_it_was(lab, before)
 
 
+@pytest.mark.parametrize("has_console", [True, False])
+def test_a_signature_that_the_firmware_does_not_know_is_not_the_kernel_s_fault(folder: Path, has_console: bool) -> None:
+    lab = SimulatedLab(folder / "host", kernel=Kernel.BROKEN)
+    lab.has_console, lab.has_secure_boot, lab.grub_says = has_console, True, "bad shim signature"
+    before = lab.debian.snapshot()
+    plan = plan_for(folder)
+    signed = replace(plan, candidate=replace(plan.candidate, is_signed=True))
+    outcome = Validation(signed, lab, print).run()
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    told = f"Secure Boot refuses {NEW} (bad shim signature.)" if has_console else "its signature may have been refused"
+    assert told in outcome.line
+    assert_as_it_was(lab, before)
+
+
 def test_a_kernel_that_hangs_where_there_is_no_power_control_is_no_verdict_and_asks_for_a_person(folder: Path) -> None:
     lab = SimulatedLab(folder / "host", kernel=Kernel.HANGS, has_power=False)
     before = lab.debian.snapshot()
@@ -157,6 +227,23 @@ def test_power_control_that_does_not_work_is_found_out_before_anything_is_touche
     assert_as_it_was(lab, before)
 
 
+def test_a_host_that_is_on_its_way_is_waited_for_before_a_recovery_resets_it(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.boot()  # somebody else's validation: 30 s
+    assert recover("vm", lab, 100, print) == []
+    assert lab.presses == []
+
+    lab.hang()
+    before = lab.clock.now()
+    assert recover("vm", lab, 100, print) == []
+    assert (lab.presses, lab.clock.now() - before > 100) == (["reset"], True)
+
+    lab.lose_power(comes_back=False)
+    before = lab.clock.now()
+    assert recover("vm", lab, 100, print) == []
+    assert (lab.presses, lab.clock.now() - before < 60) == (["reset", "reset"], True), "there is nothing to wait for"
+
+
 def test_another_build_of_the_same_release_is_no_verdict_about_this_one(folder: Path) -> None:
     lab = SimulatedLab(folder / "host", kernel=Kernel.OTHER_BUILD)
     before = lab.debian.snapshot()
@@ -176,6 +263,25 @@ def test_each_of_several_parameters_has_its_own_boot(folder: Path) -> None:
     assert [line for line in said if "with kvm_intel.tdx=N" in line]
     assert lab.boots == 3
     assert_as_it_was(lab, before)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "told"),
+    [
+        ("kvm_intel.tdx", "Y", "kvm_intel.tdx is N, although Y was asked for"),
+        ("kvm_intel.tdx", "off", ""),
+        ("kvm_intel.nonsense", "1", "kvm_intel.nonsense=1 was asked for: kvm_intel shows no such parameter"),
+        ("nonsense.tdx", "1", "nonsense.tdx=1 was asked for: nonsense is not loaded"),
+    ],
+)
+def test_a_parameter_that_has_not_taken_effect_is_no_good_verdict(
+    folder: Path, parameter: str, value: str, told: str
+) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.stuck = {"kvm_intel.tdx": "N\n"}
+    outcome, _ = validate(lab, folder, matrix=[{parameter: value}])
+    head = f"INCONCLUSIVE linux {NEW} on vm with {parameter}={value}: not with the parameters that were asked for: "
+    assert outcome.line == (head + told if told else f"GOOD linux {NEW} on vm: 1 passed, 0 regressions, 0 flaky")
 
 
 def test_results_of_another_kernel_do_not_count(folder: Path) -> None:

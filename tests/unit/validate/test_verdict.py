@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tdxhw.lab.console.findings import KINDS, Finding
 from tdxhw.report.compare import Change
 from tdxhw.report.results import Result, Results, Status
-from tdxhw.validate.verdict import CHANGE_WEIGHTS, FINDING_WEIGHTS, Verdict, Weight, judge
+from tdxhw.validate.verdict import CHANGE_WEIGHTS, FINDING_WEIGHTS, Verdict, Weight, judge, why_useless
 from tests.unit.report.samples import GNR, SIM, SPR, result
 
 GOOD, REGRESSED, INCONCLUSIVE = Verdict.GOOD, Verdict.REGRESSED, Verdict.INCONCLUSIVE
@@ -76,6 +76,46 @@ def test_with_other_parameters_only_a_skip_is_what_was_asked_for(now: Status, ve
 
 def test_with_other_parameters_a_boot_that_skips_everything_says_nothing() -> None:
     assert judge(run(PASS), run(SKIP), other_parameters=True).verdict is INCONCLUSIVE
+
+
+def test_tests_that_were_not_asked_for_are_no_loss_and_nothing_else_is_excused() -> None:
+    base = both(STEADY, run(PASS))
+    judgement = judge(base, STEADY, narrowed=True)
+    assert judgement.verdict is GOOD
+    assert "1 tests of the baseline did not run: they were not asked for" in judgement.reasons
+    assert judge(base, both(STEADY, run(FAIL)), narrowed=True).verdict is REGRESSED
+    assert judge(base, both(STEADY, run(MISS)), narrowed=True).verdict is INCONCLUSIVE
+    assert judge(run(PASS), STEADY, narrowed=True).verdict is INCONCLUSIVE, "none of them ran"
+
+
+def test_parameters_that_did_not_take_effect_leave_no_verdict_but_excuse_no_regression() -> None:
+    told = "kvm_intel.tdx is N, although Y was asked for"
+    judgement = judge(STEADY, STEADY, not_as_asked=[told])
+    assert judgement.line == f"INCONCLUSIVE: not with the parameters that were asked for: {told}"
+    assert judge(run(PASS), run(FAIL), not_as_asked=[told]).verdict is REGRESSED
+
+
+def test_a_baseline_of_another_host_is_told() -> None:
+    judgement = judge(STEADY, Results(tuple(replace(one, host="spr-07") for one in STEADY.results)))
+    assert judgement.verdict is GOOD
+    assert "the baseline is of another host: spr-01" in judgement.reasons
+    assert not any("another host" in reason for reason in judge(STEADY, STEADY).reasons)
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (STEADY, ""),
+        (run(PASS, provenance=SIM), "has no result from hardware (the simulator says nothing about a kernel build)"),
+        (Results(()), "has no result from hardware"),
+        (run(FAIL, SKIP), "has no test that passed on hardware"),
+        (both(run(PASS, provenance=SIM), run(FAIL)), "has no test that passed on hardware"),
+    ],
+)
+def test_a_baseline_that_can_never_lead_to_a_verdict_is_known_before_the_first_boot(base: Results, told: str) -> None:
+    assert why_useless(base) == told
+    if told:
+        assert judge(base, both(STEADY, run(PASS))).verdict is INCONCLUSIVE
 
 
 def test_the_tables_have_every_change() -> None:
