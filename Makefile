@@ -11,7 +11,7 @@ LAB    ?= tests/lab
 .PHONY: help setup run test test-lab lint bench ioctls payloads uapi-headers tdx-kernel clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Make .venv with everything in it, tdxhw too
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/setup.sh
 	@touch $@
 
-run: $(STAMP) ## Run the suites on the simulated /dev/kvm (SUITES="lifecycle ..." for some)
+run: $(STAMP) ## Run the suites on the simulated /dev/kvm (SUITES="td_lifecycle ..." for some)
 	$(BIN)/tdxhw run --on sim $(SUITES)
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
@@ -41,7 +41,7 @@ ioctls: $(STAMP) ## Random ioctls on simulated TDs, with every invariant checked
 	TDXHW_IOCTLS=$(N) $(BIN)/pytest -q -s -o faulthandler_timeout=0 tests/properties/test_ioctl_sequences.py
 
 bench: $(STAMP) ## Measure the hot paths, each as a ratio within one run
-	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m bench
 
 uapi-headers: ## Fetch kernel headers with KVM_TDX_* for the layout tests (Debian; nothing is installed)
 	$(PYTHON) -m tools.fetch_uapi_headers

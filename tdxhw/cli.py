@@ -3,18 +3,27 @@
 Exit codes: 0 all good, 1 a test failed, 2 the run could not be done (one line, no traceback), 130 interrupted.
 """
 
+import errno
 import importlib
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import click
 
 import tdxhw
-from tdxhw.errors import HarnessError
+from tdxhw.errors import HarnessError, UnknownName
+from uapi_ctypes.errors import KvmError
 
 EXIT_CANNOT_RUN: Final = 2
 EXIT_INTERRUPTED: Final = 130
+
+_OUTPUT_FAILED: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What writing to standard output, or to a file of ours, may run into at any time."""
 
 SUBCOMMANDS: Final = {
     # name: (module:attribute, what `tdxhw --help` says without importing it)
@@ -42,6 +51,14 @@ class LazyGroup(click.Group):
         """Return the names in the order of `SUBCOMMANDS`, which is the order of a first day's work."""
         return list(SUBCOMMANDS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand that was typed, or raise `UnknownName` with the one that was meant."""
+        if args[0] not in SUBCOMMANDS and not args[0].startswith("-"):
+            raise UnknownName("command", args[0], SUBCOMMANDS)
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import and return the subcommand, or None when there is none of that name."""
         if cmd_name not in SUBCOMMANDS:
@@ -64,7 +81,12 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code. Never raises, never shows a traceback for a user's mistake."""
+    """Run the command line and return its exit code. Never raises, never shows a traceback for a user's mistake.
+
+    A mistake of ours is shown with its traceback and is 2 as well: Python's own 1 would say that a test failed.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # no locale is a reason to lose a result
     try:
         code = cli.main(args=argv, prog_name="tdxhw", standalone_mode=False)
     except HarnessError as error:
@@ -83,7 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("tdxhw: interrupted", err=True)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `tdxhw ... | head`
-        sys.stderr.close()
+    except SystemExit:  # `tdxhw ... | head`: click and rich would end with 1
         return EXIT_CANNOT_RUN
+    except Exception as error:  # noqa: BLE001
+        return _failed(error)
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    """Say what ended the command although nobody made a mistake on the command line."""
+    if isinstance(error, OSError) and not isinstance(error, KvmError) and error.errno in _OUTPUT_FAILED:
+        line = f"{error.filename or 'the output'}: cannot write it: {error.strerror}"
+        with suppress(OSError, ValueError):  # what is left of it is not tried again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        traceback.print_exception(error)
+        line = f"internal error: {type(error).__name__}: {error}: please report this"
+    with suppress(OSError):
+        click.echo(f"tdxhw: {line}", err=True)
+    return EXIT_CANNOT_RUN

@@ -15,6 +15,16 @@ _STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "skippe
 _BRIEF = 80
 """A fact that is longer gets a line of its own [characters]."""
 _PLAIN_WIDTH = 200  # a pipe has no width; wrapping would break grep
+_ANY_WIDTH = 1000
+"""What no table reaches [characters]."""
+
+
+def table_console() -> Console:
+    """Return a console for tables: as wide as the terminal, or in a pipe as wide as they are, so that grep finds it."""
+    console = Console(highlight=False)
+    if not console.file.isatty():  # not `is_terminal`: CI systems set FORCE_COLOR
+        console.width, console.soft_wrap = _ANY_WIDTH, True
+    return console
 
 
 class _Console(Console):
@@ -34,7 +44,7 @@ class ConsoleDisplay:
         self._live = stream.isatty()
         self._console = _Console(
             file=stream, highlight=False, soft_wrap=not self._live, width=None if self._live else _PLAIN_WIDTH,
-            no_color=not self._live, force_terminal=self._live,
+            no_color=None if self._live else True, force_terminal=self._live,  # None: NO_COLOR decides
         )  # fmt: skip
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -94,8 +94,7 @@ def run(options: RunOptions, display: Display) -> RunRecord:
     """
     files = resolve(options.suites)
     for path in (options.junit, options.report_log):
-        if path is not None:
-            _check_writable(path)
+        check_writable(path)
     with Interruption():
         try:
             backend = select(options.on, options.profiles, options.promises)
@@ -150,7 +149,10 @@ def _interrupted(record: RunRecord, options: RunOptions) -> RunRecord:
     return record
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path | None) -> None:
+    """Raise `HarnessError` if results could not be written there: before a run that may take an hour, not after."""
+    if path is None:
+        return
     try:
         with path.open("a", encoding="utf-8"):
             pass

@@ -22,7 +22,7 @@ _addressof: Final = ctypes.addressof
 _OPEN_REMEDIES: Final = {
     errno.ENOENT: "load kvm_intel (`modprobe kvm_intel`) and enable virtualisation in the firmware",
     errno.ENODEV: "load kvm_intel (`modprobe kvm_intel`) and enable virtualisation in the firmware",
-    errno.EACCES: "join its group (`sudo usermod -aG kvm $USER`, then log in again)",
+    errno.EACCES: "join its group (`ls -l /dev/kvm` shows it, mostly `sudo usermod -aG kvm $USER`, then log in again)",
     errno.EPERM: "the sandbox or container does not pass it on: add --device /dev/kvm or the like",
 }
 

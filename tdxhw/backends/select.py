@@ -29,7 +29,7 @@ def select(on: str, profiles: Sequence[str] = (), promises: Sequence[str] = ()) 
         return open_local(reason="asked for", promises=promises)
     if on == "auto":
         return _automatic(promises)
-    raise UnknownName("backend", on, BACKENDS)
+    raise UnknownName("backend", on, (*BACKENDS, "lab:NAME"))
 
 
 def _automatic(promises: Sequence[str]) -> Backend:

@@ -52,7 +52,9 @@ def open_sim_like(description: Mapping[str, Any], *, reason: str) -> Backend:
 
 
 def _not_installed(error: ModuleNotFoundError) -> Exception:
-    """Return what to raise when an import failed: a package of the ``sim`` extra is missing, or it is our bug."""
+    """Return what to raise when an import failed: there is no simulator here, it lacks a package, or it is our bug."""
+    if error.name == "sim_backend":  # `tdxhw.lab.archive` leaves it out
+        return BackendUnavailable("what is sent to lab hosts carries no simulator: use a tdxhw that was installed")
     if error.name is None or error.name.partition(".")[0] in ("sim_backend", "uapi_ctypes"):
         return error
     return BackendUnavailable(f"the simulator needs {error.name.partition('.')[0]}: pip install 'tdxhw[sim]'")

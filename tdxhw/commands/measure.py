@@ -12,7 +12,7 @@ from tdxhw.tdvf import Section, parse
 
 _ORDERS: Final = [order.value for order in Order]
 _LARGEST_IMAGE: Final = 256 << 20
-"""Far above any firmware [bytes]; a disk image given by mistake is refused before it is read."""
+"""Far above any firmware [bytes]; of a disk image or a device given by mistake no more is read."""
 
 
 @click.command(short_help="Predict the MRTD of a TDVF firmware image.")
@@ -52,11 +52,13 @@ def measure(firmware: Path, order_name: str, module: str, no_model: bool, as_jso
 
 def _read(firmware: Path) -> bytes:
     try:
-        if firmware.stat().st_size > _LARGEST_IMAGE:
-            raise MeasureError(f"{firmware}: larger than any firmware image")
-        return firmware.read_bytes()
+        with firmware.open("rb") as file:  # a pipe or a device has no size to ask for
+            image = file.read(_LARGEST_IMAGE + 1)
     except OSError as error:
         raise MeasureError(f"{firmware}: {error.strerror}") from None
+    if len(image) > _LARGEST_IMAGE:
+        raise MeasureError(f"{firmware}: larger than any firmware image")
+    return image
 
 
 def _check_on_model(sections: list[Section], order: Order, module: str, digest: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import click
 
 from tdxhw.backends.sim import ReplayDivergence, replay_file
+from tdxhw.errors import ReplayInputError
 
 _PROGRESS_EVERY: Final = 500
 """Records between two updates of the progress line."""
@@ -60,6 +61,8 @@ def _replay(path: Path) -> FileResult:
             click.echo(f"\r{path.name}: {result.records} records", err=True, nl=False)
     if live:
         click.echo("\r\x1b[K", err=True, nl=False)
+    if not result.records:
+        raise ReplayInputError(f"{path}: no records in it: empty, or its recorder ended before the first")
     return result
 
 

@@ -15,17 +15,19 @@ from tdxhw.errors import HarnessError
     default="auto",
     show_default=True,
     metavar="auto|sim|local|lab:NAME|lab:all",
-    help="Which /dev/kvm; auto: local with TDX.",
+    help="Which /dev/kvm. auto: this machine's if it has TDX, else simulated. Several hosts: lab:NAME,NAME or "
+    "lab:label=LABEL. They are described in labs/, or in the folder $TDXHW_LABS.",
 )
 @click.option(
-    "--profile", "profiles", multiple=True, metavar="NAME", help="Simulated host (with --on sim); repeatable."
-)
+    "--profile", "profiles", multiple=True, metavar="NAME",
+    help="Simulated host (with --on sim); repeatable [mainline and v17].",
+)  # fmt: skip
 @click.option("--promise", "promises", multiple=True, metavar="CAPABILITY", help="Fail without it instead of skipping.")
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, and nothing else.")
 @click.option(
     "--report-log", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="Write each result as a line of JSON as soon as it is there.",
+    help="Write each result as a line of JSON as soon as it is there; those of lab hosts at the end.",
 )  # fmt: skip
 @click.option("-k", "keyword", default="", metavar="EXPR", help="Only tests whose names match, as in pytest.")
 @click.option("--list", "list_only", is_flag=True, help="Show the suites and what they are about.")
@@ -63,6 +65,12 @@ def run(
             click.echo(f"{name:<20} {_first_line(path)}")
         return 0
     if on.startswith("lab:"):
+        if profiles:
+            raise HarnessError("--profile names a simulated host: add --on sim")
+        if done:
+            raise HarnessError("--done is for a run on one host: add --on local or --on sim")
+        for file in (junit, report_log):
+            runner.check_writable(file)
         from tdxhw.lab.fleet_cli import run_fleet
 
         wish = (suites, promises, keyword, time_limit_s)

@@ -40,8 +40,10 @@ class Wish:
 def record_both(first: str, second: str, wish: Wish) -> tuple[Recording, Recording]:
     """Obtain both recordings. A plain ``sim`` takes its equipment from the other side, so it comes second.
 
-    Raise `HarnessError` when a side cannot be had.
+    Raise `HarnessError` when a side cannot be had, before the other one has run for minutes.
     """
+    for on in (first, second):
+        _check(on)
     if first == SIM and second != SIM:
         other = obtain(second, wish)
         return obtain(first, _same_suites(wish, other), like=other), other
@@ -61,14 +63,34 @@ def obtain(on: str, wish: Wish, *, like: Recording | None = None) -> Recording:
         made = record(open_sim_like(like.host, reason=f"like {like.label}"), on, wish)
         made.like_other_side = True
         return made
-    if on == "local" or on == SIM or on.startswith("sim:"):
+    if _is_machine(on):
         wish.tell(f"running on {on}")
-        if on == "local":
-            return record(select("local"), on, wish)
-        return record(select(SIM, (on.partition(":")[2] or _DEFAULT_PROFILE,)), on, wish)
+        return record(_open(on), on, wish)
+    return _of_suites(_read(on), wish.suites)
+
+
+def _is_machine(on: str) -> bool:
+    return on in ("local", SIM) or on.startswith("sim:")
+
+
+def _open(on: str) -> Backend:
+    if on == "local":
+        return select("local")
+    return select(SIM, (on.partition(":")[2] or _DEFAULT_PROFILE,))
+
+
+def _check(on: str) -> None:
+    """Raise `HarnessError` if there is no such side."""
+    if _is_machine(on):
+        _open(on).close()
+    else:
+        _read(on)
+
+
+def _read(on: str) -> Recording:
     if not Path(on).exists():
         raise HarnessError(f"--on {on}: no such file, and neither local, sim nor sim:PROFILE")
-    return _of_suites(recording_file.read(Path(on)), wish.suites)
+    return recording_file.read(Path(on))
 
 
 def record(backend: Backend, label: str, wish: Wish) -> Recording:

@@ -3,12 +3,16 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tdxhw.backends import local
 from tdxhw.backends.local import probe
 from tdxhw.backends.select import select
 from tdxhw.errors import BackendUnavailable, HarnessError, UnknownName
+from tdxhw.lab.archive import build
+from tests.unit.abi.samples import BUILD_ID, NOTES
 from tests.unit.tdxhw.fake_host import MAINLINE_CAPS, PLAIN_CAPS, V17_CAPS, FakeKernel
 
 
@@ -20,14 +24,50 @@ def test_finds_the_dialect_and_leaves_nothing_open(caps: dict[object, int], dial
     assert not kernel.open_fds
 
 
+@pytest.mark.parametrize(("notes", "build_id"), [(NOTES, BUILD_ID.hex()), (b"", "unknown")])
+def test_results_say_which_build_of_the_kernel_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: bytes, build_id: str
+) -> None:
+    """A kernel that is built again keeps its release: only its build id tells the two apart."""
+    (tmp_path / "notes").write_bytes(notes)
+    monkeypatch.setattr(local, "_NOTES", tmp_path / "notes")
+    assert local.LocalHost(None).provenance()["build_id"] == build_id
+
+
 def test_a_missing_dev_kvm_is_one_line() -> None:
     with pytest.raises(BackendUnavailable, match="open /dev/kvm: ENOENT") as error:
         probe(FakeKernel({}))
     assert "\n" not in str(error.value)
 
 
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack what `tdxhw lab archive` packs."""
+    folder = tmp_path_factory.mktemp("sent")
+    subprocess.run(["tar", "-xzf", "-", "-C", folder], input=build().data, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--on", "sim", "kvm_device"], "what is sent to lab hosts carries no simulator"),
+        (["replay", "x.jsonl"], "what is sent to lab hosts carries no simulator"),
+        (["diff", "--on", "sim", "--on", "sim"], "what is sent to lab hosts carries no simulator"),
+    ],
+)
+def test_what_was_sent_to_a_lab_host_says_what_it_does_not_carry(sent: Path, arguments: list[str], told: str) -> None:
+    command = [sys.executable, "-I", "-S", str(sent), *arguments]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=sent)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tdxhw: {told}")
+    assert done.stderr.count("\n") == 1
+
+
 def test_unknown_backend() -> None:
-    with pytest.raises(UnknownName, match="there are: auto, local, sim"):
+    with pytest.raises(UnknownName, match="there are: auto, lab:NAME, local, sim"):
         select("moon")
 
 

@@ -1,6 +1,8 @@
 """The command line as a user sees it: exit codes, one-line errors, speed."""
 
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -8,10 +10,13 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 import tdxhw as package
 from tdxhw.cli import SUBCOMMANDS, cli
+from tests.unit.tdxhw.conftest import command
+from uapi_ctypes.errors import KvmError
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[3]
@@ -33,6 +38,15 @@ def test_every_subcommand_can_be_imported_and_explains_itself(tdxhw: Cli, name: 
     assert f"tdxhw {name}" in out
 
 
+@pytest.mark.parametrize("group", ["lab", "history"])
+def test_no_line_of_a_list_of_subcommands_is_cut_short(tdxhw: Cli, group: str) -> None:
+    _, out, _ = tdxhw(group, "--help")
+
+    listed = out.partition("Commands:\n")[2].splitlines()
+    assert listed
+    assert [line for line in listed if line.endswith("...")] == []
+
+
 def test_no_subcommand_shows_the_help_and_is_2(tdxhw: Cli) -> None:
     code, out, err = tdxhw()
 
@@ -44,12 +58,18 @@ def test_no_subcommand_shows_the_help_and_is_2(tdxhw: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        pytest.param(["frobnicate"], "No such command 'frobnicate'", id="unknown command"),
+        pytest.param(["frobnicate"], "no command 'frobnicate'; there are: abi, ", id="unknown command"),
+        pytest.param(["replya"], "no command 'replya'; did you mean 'replay'?", id="misspelt command"),
+        pytest.param(["--frob"], "No such option '--frob'", id="unknown option of tdxhw itself"),
         pytest.param(["run", "--frob"], "No such option", id="unknown option"),
         pytest.param(["run", "livecycle"], "no suite 'livecycle'", id="unknown suite"),
         pytest.param(["run", "kvm_devise"], "did you mean 'kvm_device'?", id="misspelt suite"),
         pytest.param(["run", "./nowhere.py"], "no file ./nowhere.py", id="a suite of one's own that is missing"),
-        pytest.param(["run", "--on", "mars"], "no backend 'mars'; there are: auto, local, sim", id="unknown backend"),
+        pytest.param(["run", "--on", "mars"], "there are: auto, lab:NAME, local, sim", id="unknown backend"),
+        pytest.param(["run", "--on", "lab:x", "--profile", "v17"], "add --on sim", id="a profile on a lab host"),
+        pytest.param(["run", "--on", "lab:x", "--done", "x"], "--done is for a run on one host", id="done in a lab"),
+        pytest.param(["run", "--on", "lab:x", "--report-log", "/dev/null/x"], "cannot write /dev/null/x", id="lab log"),
+        pytest.param(["diff", "--on", "sim:7.3", "--on", "sim:5.4"], "no profile '5.4'", id="no second side"),
         pytest.param(["run", "--on", "sim", "--profile", "5.4"], "no profile '5.4'", id="unknown profile"),
         pytest.param(["run", "--on", "local", "--profile", "v17"], "add --on sim", id="a profile on real hardware"),
         pytest.param(["run", "--time-limit", "0"], "--time-limit", id="no time at all"),
@@ -59,6 +79,7 @@ def test_no_subcommand_shows_the_help_and_is_2(tdxhw: Cli) -> None:
         pytest.param(["decode", "-1"], "No such option", id="decode a negative number"),
         pytest.param(["decode", hex(1 << 64)], "is no 64-bit status", id="decode too large"),
         pytest.param(["replay", "/nonexistent.jsonl"], "/nonexistent.jsonl: No such file", id="replay"),
+        pytest.param(["measure", "/dev/zero"], "/dev/zero: larger than any firmware image", id="measure no end"),
         pytest.param(["measure", "/nonexistent.fd"], "/nonexistent.fd: No such file", id="measure"),
     ],
 )
@@ -70,6 +91,52 @@ def test_a_user_s_mistake_is_one_line_and_2(tdxhw: Cli, arguments: list[str], sa
     assert err.startswith("tdxhw: ")
     assert err.count("\n") == 1, err
     assert said in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--list"], ["decode", "0"], ["doctor"], ["lab", "--help"]])
+def test_a_disk_that_is_full_is_one_line_and_2(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command(*arguments), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (2, "tdxhw: the output: cannot write it: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [["run", "--list"], ["decode", "0"], ["doctor"]])
+def test_a_reader_that_is_gone_is_2_and_no_verdict(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command(*arguments), stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writer)
+
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def test_a_mistake_of_ours_shows_where_and_is_2_because_1_is_a_verdict(
+    tdxhw: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    def broken() -> None:
+        raise KvmError("KVM_RUN", errno.EIO)
+
+    monkeypatch.setattr("tdxhw.commands.decode.decode", broken)
+
+    code, _, err = tdxhw("decode")
+
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "tdxhw: internal error: KvmError: KVM_RUN: EIO: please report this"
+
+
+def test_a_locale_without_arrows_loses_no_result(
+    tdxhw_process: Callable[..., "subprocess.CompletedProcess[str]"],
+) -> None:
+    done = tdxhw_process("doctor", PYTHONIOENCODING="ascii")
+
+    assert done.returncode in (0, 1, 2)
+    assert "Traceback" not in done.stderr
+    assert "this host: " in done.stdout
 
 
 def test_the_version_is_the_one_of_the_package(tdxhw: Cli) -> None:

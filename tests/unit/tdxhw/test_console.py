@@ -2,6 +2,8 @@
 
 import io
 
+import pytest
+
 from tdxhw.console import ConsoleDisplay
 from tdxhw.results import Result, RunRecord
 
@@ -58,6 +60,25 @@ def test_a_long_fact_gets_a_line_of_its_own() -> None:
 
 def test_nothing_in_a_pipe_is_an_escape_code() -> None:
     assert "\x1b" not in shown(PASSED, FAILED, SKIPPED, interrupted=True)
+
+
+class Terminal(io.StringIO):
+    """Takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("no_color", "colours"), [("", True), ("1", False)])
+def test_no_color_means_no_colours_on_a_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, no_color: str, colours: bool
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    ConsoleDisplay(stream).finished_test(PASSED)
+
+    assert ("\x1b[32m" in stream.getvalue()) is colours
 
 
 def test_an_interrupted_run_says_how_far_it_got() -> None:

@@ -31,6 +31,15 @@ def write(path: Path, records: Iterable[object]) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.jsonl.gz"])
+def test_a_recording_of_nothing_does_not_agree(tdxhw: Cli, tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [])
+
+    code, _, err = tdxhw("replay", path)
+
+    assert (code, err) == (2, f"tdxhw: {path}: no records in it: empty, or its recorder ended before the first\n")
+
+
 @pytest.mark.parametrize("name", ["good.jsonl", "good.jsonl.gz"])
 def test_agreement_is_0_and_the_last_line_counts(tdxhw: Cli, tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, GOOD)

@@ -228,7 +228,8 @@ def test_the_report_log_begins_with_provenance(run: Run, mainline: FakeHost, tmp
 
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[0]["hosts"]["mainline"]["backend"] == "fake"
-    assert [line.get("when") for line in lines[1:-1]] == ["setup", "call", "teardown"]
+    happened = [line.get("when", line["$report_type"]) for line in lines[1:-1]]
+    assert happened == ["TestStart", "setup", "call", "teardown"]
 
 
 def test_a_host_s_name_and_further_parameters_are_told_apart(run: Run, mainline: FakeHost) -> None:
