@@ -21,6 +21,7 @@ from tdxhw.lab.located_yaml import Located
 _NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?")
 _ENVIRONMENT_VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SSH_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VERSION: Final = re.compile(r"\d+(?:\.\d+)+")
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -63,6 +64,14 @@ def _file(value: Located) -> str:
         return str(value.path.parent / Path(value.text()).expanduser())
     except RuntimeError:
         value.fail(f"{value.what}: there is no user {value.text().partition('/')[0]}")
+
+
+def _fingerprint(value: Located) -> str:
+    """Read a certificate's SHA-256, as openssl, browsers and BMCs show it."""
+    digits = value.text().replace(":", "").replace(" ", "").lower()
+    if not _SHA256.fullmatch(digits):
+        value.fail(f"{value.what} has to be the certificate's SHA-256, 64 hexadecimal digits: 'AB:CD:…'")
+    return digits
 
 
 def _one_of(*known: str) -> "_Reader":
@@ -143,7 +152,13 @@ _IPMI: Final[Mapping[str, _Reader]] = {
 }
 POWER_DRIVERS: Final[_Schema] = {
     "redfish": (
-        {"url": _bmc_url, "system": Located.text, "ca": _file, "credentials_env": _environment_variable},
+        {
+            "url": _bmc_url,
+            "system": Located.text,
+            "ca": _file,
+            "fingerprint": _fingerprint,
+            "credentials_env": _environment_variable,
+        },
         ("url", "credentials_env"),
     ),
     "ipmi": (_IPMI, ("address", "credentials_env")),

@@ -12,7 +12,9 @@ from tdxhw.lab.power.switch import Button, NoSuchButton, State
 try:
     import requests
     import sushy
-    from sushy import auth, connector, exceptions
+    from sushy import auth, exceptions
+
+    from tdxhw.lab.power import certificate
 except ImportError as missing:
     raise PowerFailed("Redfish is spoken with sushy: pip install 'tdxhw[validate]'") from missing
 
@@ -47,18 +49,17 @@ class RedfishSwitch:
         self._url = str(options["url"])
         self.name = f"redfish {self._url}"
         self._system = str(options.get("system", ""))
-        self._verify: bool | str = str(options["ca"]) if "ca" in options else True
+        self._ca = str(options.get("ca", ""))
+        self._fingerprint = str(options.get("fingerprint", ""))
         self._credentials = credentials
 
     @contextmanager
     def connect(self) -> Iterator["_Buttons"]:
         """Open a session (basic authentication where the BMC has none), find the system, close the session."""
         login = auth.SessionOrBasicAuth(self._credentials.user, self._credentials.password)
-        # One try each: whether and when to try again is decided one level up.
-        wire = connector.Connector(
-            self._url, verify=self._verify, server_side_retries=1, default_request_timeout=_ANSWER_S,
-            connect_timeout=_CONNECT_S,
-        )  # fmt: skip
+        wire = certificate.Wire(
+            self._url, ca=self._ca, fingerprint=self._fingerprint, answer_s=_ANSWER_S, connect_s=_CONNECT_S
+        )
         try:
             with self._in_our_words():
                 service = sushy.Sushy(self._url, auth=login, connector=wire)
@@ -90,9 +91,9 @@ class RedfishSwitch:
         except exceptions.ConnectionError as error:
             cause = error.__context__
             if isinstance(cause, requests.exceptions.SSLError):
-                raise PowerFailed(self._certificate(str(cause))) from error
+                raise PowerFailed(certificate.refusal(str(cause), self._url, _CONNECT_S)) from error
             if isinstance(cause, OSError) and "certificate bundle" in str(cause):
-                raise PowerFailed(f"cannot read ca: {self._verify}") from error
+                raise PowerFailed(f"cannot read ca: {self._ca}") from error
             raise PowerBusy("no answer: is the BMC up and the url right?") from error
         except exceptions.AccessError as error:
             variable = self._credentials.variable
@@ -109,15 +110,6 @@ class RedfishSwitch:
             raise PowerFailed(_line(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PowerFailed(f"does not answer as Redfish does: {_line(error)}") from error
-
-    def _certificate(self, said: str) -> str:
-        why = said.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or "TLS failed"
-        remedy = "name the CA that signed it, or itself, with ca: FILE"
-        if "mismatch" in why or "is not valid for" in why:
-            remedy = "url: has to say a name that is in it"
-        elif "expired" in why or "not yet valid" in why:
-            remedy = "renew it on the BMC, or set the clock of this machine right"
-        return f"its certificate is not trusted ({why}): {remedy}"
 
 
 class _Buttons:

@@ -3,7 +3,9 @@
 import base64
 import http.server
 import json
+import ssl
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +30,16 @@ class Service(http.server.ThreadingHTTPServer):
         self.open_sessions: set[str] = set()
         self.opened = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def show(self, certificate: Path) -> None:
+        """Speak TLS from now on, with the certificate and key in a file."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = self.url.replace("http:", "https:")
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Stay silent about a client that does not like the certificate."""
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
