@@ -40,6 +40,8 @@ GRUB_ENVIRONMENT = ("next_entry", "saved_entry", "prev_saved_entry")
 SAYS_WHY = re.compile(r"^(E|dpkg: error|grub-[a-z]+: error|depmod: ERROR)|Depends:|No space left")
 LOCKED = re.compile(r"lock was locked by|is locked by another|Could not get lock|Unable to (acquire|lock)")
 LOCK_S = 600.0  # how long somebody else's work on the packages is waited for
+BESIDE = (".new", ".tmp", ".bak", ".old", ".dpkg-new", ".dpkg-tmp", ".dpkg-bak", ".dpkg-old")
+"""Under which names programs write a file, or keep the one that was there: update-initramfs, dpkg."""
 TAIL = 1000  # what is quoted of a program's output [characters]
 
 
@@ -227,7 +229,12 @@ def prepare_create(host: Host, change: dict[str, Any]) -> list[dict[str, Any]]:
         there = host.path(path)
         if there.exists() or there.is_symlink():
             raise ChangeError(f"{path} is there already")
-    return [{"undo": "remove", "path": path} for path in change["paths"]]
+    return [{"undo": "remove-all", "path": path, "beside": beside(host.path(path))} for path in change["paths"]]
+
+
+def beside(path: Path) -> list[str]:
+    """Return those files beside it that a program writes before it gives them their name, or keeps the old one in."""
+    return [suffix for suffix in BESIDE if path.with_name(path.name + suffix).exists()]
 
 
 def make_create(host: Host, change: dict[str, Any]) -> dict[str, Any]:
@@ -390,6 +397,15 @@ def undo_remove(host: Host, step: dict[str, Any]) -> None:
     remove(host.path(step["path"]))
 
 
+def undo_remove_all(host: Host, step: dict[str, Any]) -> None:
+    """Remove what was not there, with what the program that wrote it has left beside it if it was cut off."""
+    path = host.path(step["path"])
+    remove(path)
+    for suffix in BESIDE:
+        if suffix not in step["beside"]:
+            remove(path.with_name(path.name + suffix))
+
+
 def undo_link(host: Host, step: dict[str, Any]) -> None:
     """Have the link lead where it led, or not be there."""
     path = host.path(step["path"])
@@ -427,6 +443,7 @@ def undo_environment(host: Host, step: dict[str, Any]) -> None:
 UNDO = {
     "write": undo_write,
     "remove": undo_remove,
+    "remove-all": undo_remove_all,
     "link": undo_link,
     "command": undo_command,
     "purge": undo_packages,

@@ -138,7 +138,11 @@ class SimulatedDebian(journal.Host):
                     if one["status"] == "unpacked":
                         self.configure(name)
             case ["update-initramfs", "-c", "-k", release]:
-                self.file(f"boot/initrd.img-{release}").write_text("initrd")
+                partial = self.file(f"boot/initrd.img-{release}.new")
+                partial.write_text("ini")
+                self.effect()
+                partial.write_text("initrd")
+                partial.replace(self.file(f"boot/initrd.img-{release}"))
                 self.effect()
                 self.file(f"var/lib/initramfs-tools/{release}").write_text("sum")
             case ["depmod", release]:
@@ -184,7 +188,10 @@ class SimulatedDebian(journal.Host):
     def unpack_kernel(self, release: str) -> None:
         self.file(f"lib/modules/{release}").mkdir(exist_ok=True)
         self.file(f"lib/modules/{release}/kvm.ko").write_text(release)
-        self.file(f"boot/vmlinuz-{release}").write_text(release)
+        partial = self.file(f"boot/vmlinuz-{release}.dpkg-new")
+        partial.write_text(release)
+        self.effect()
+        partial.replace(self.file(f"boot/vmlinuz-{release}"))
         if release == OWN:
             self.file(f"boot/initrd.img-{release}").write_text("initrd")
 

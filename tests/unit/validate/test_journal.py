@@ -199,6 +199,24 @@ def test_a_path_that_is_taken_is_not_claimed(host_and_journal: tuple[SimulatedDe
     assert host.file(f"boot/vmlinuz-{NEW}").read_text() == "somebody's own"
 
 
+def test_what_a_program_that_was_cut_off_left_beside_a_claimed_path_goes_and_nothing_else(
+    host_and_journal: tuple[SimulatedDebian, Journal],
+) -> None:
+    host, journal = host_and_journal
+    boot = host.file("boot")
+    others = [f"initrd.img-{NEW}.bak", f"vmlinuz-{NEW}.13", f"vmlinuz-{NEW}-rt", f"vmlinuz-{NEW}.13.dpkg-new"]
+    for name in others:
+        (boot / name).write_text("of another kernel, or there before")
+    before = host.snapshot()
+    perform(journal, [{"change": "create", "paths": CLAIMED}])
+    for name in (f"initrd.img-{NEW}.new", f"vmlinuz-{NEW}.dpkg-new", f"vmlinuz-{NEW}.dpkg-tmp"):
+        (boot / name).write_text("half of i")
+    (boot / f"initrd.img-{NEW}.bak").write_text("of another kernel, or there before")
+    journal.undo()
+    journal.end()
+    assert host.snapshot() == before
+
+
 def test_somebody_else_s_boot_once_entry_is_not_overwritten(host_and_journal: tuple[SimulatedDebian, Journal]) -> None:
     host, journal = host_and_journal
     host.save_environment({"next_entry": "memtest", "saved_entry": "x"})
