@@ -1,13 +1,11 @@
 """KVM_CHECK_EXTENSION and KVM_ENABLE_CAP on a TD, beside what /dev/kvm says of the same capabilities."""
 
 import errno
-from collections.abc import Callable
 
 import pytest
 
 from sim_backend.machine import boot
-from tests.unit.kvm.tdx.vmm import SPLIT_IRQCHIP, TestTd
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import SPLIT_IRQCHIP, TestTd, error_of
 
 IRQCHIP, MAX_VCPUS, SYNC_REGS, READONLY_MEM, X86_SMM, MULTI_ADDRESS_SPACE = 0, 66, 74, 81, 117, 118
 X2APIC_API, BUS_LOCK_EXIT, EXIT_HYPERCALL, PMU_CAPABILITY, NOTIFY_VMEXIT = 129, 193, 201, 212, 219
@@ -15,15 +13,6 @@ USER_MEMORY2, MEMORY_ATTRIBUTES, GUEST_MEMFD, VM_TYPES, PRE_FAULT, BUS_CYCLES_NS
     231, 233, 234, 235, 236, 237, 244,
 )  # fmt: skip
 LARGEST_BUS_CYCLE_NS = ((1 << 63) - 1) // (0xFFFF_FFFF * 128)
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,13 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from sim_backend.file_calls import MAP_PRIVATE, FileCalls
 from sim_backend.kvm.host_pages import HostPages
 from tests.unit.kvm.tdx.guest_code import RBX, SHARED_ALIAS, Program
-from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, PRIVATE, TestTd
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, PRIVATE, TestTd, error_of
 from uapi_ctypes.guest_memfd import GuestMemfd
 
 PAGE = 4096
@@ -22,15 +20,6 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 0x10
 MAP_SHARED = 1
 READ_WRITE = 3
 S64_MAX = (1 << 63) - 1
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.unit.kvm.tdx.guest_code import EVENT_COUNT, R10, RBX, Program
-from tests.unit.kvm.tdx.vmm import TestTd
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import TestTd, error_of
 from uapi_ctypes.kvm import KvmIrqchip, KvmIrqRoutingEntry, KvmMsi
 from uapi_ctypes.kvm_run import KvmExit
 from uapi_ctypes.kvm_state import KvmMsrEntry, KvmMsrs
@@ -24,15 +23,6 @@ HLT, WRMSR, SPIV = 12, 32, 0x80F
 RUNNABLE, UNINITIALIZED, HALTED = 0, 1, 3
 IRQCHIP_ROUTE, MSI_ROUTE = 1, 2
 RESAMPLE, DEASSIGN = 2, 1
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 def enable_apic(vcpu: Vcpu) -> None:

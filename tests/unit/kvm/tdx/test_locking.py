@@ -9,20 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 from tests.unit.kvm.tdx.guest_code import Program
-from tests.unit.kvm.tdx.vmm import TestTd
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import TestTd, error_of
 
 NEVER_S = 0.1  # [s] a call that has not come back by then is waiting
 SOON_S = 10.0
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 class Background(threading.Thread):

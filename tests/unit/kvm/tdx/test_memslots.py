@@ -9,23 +9,13 @@ import pytest
 
 from sim_backend.machine import boot
 from tests.unit.kvm.tdx.guest_code import S_BIT
-from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, TestTd, UserMemory
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, TestTd, UserMemory, error_of
 from uapi_ctypes.guest_memfd import GuestMemfd
 
 PAGE = 4096
 LOG_DIRTY, READONLY = 1, 2
 SLOTS = 32764
 U64 = 1 << 64
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 @dataclass

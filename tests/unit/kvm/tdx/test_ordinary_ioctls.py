@@ -3,31 +3,29 @@
 import ctypes
 import errno
 import mmap
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from sim_backend.machine import Machine, boot
 from tests.unit.kvm.tdx.guest_code import S_BIT, SHARED_ALIAS, Program
-from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, PRIVATE, SPLIT_IRQCHIP, X2APIC, TestTd, UserMemory, cpuid_entry
+from tests.unit.kvm.tdx.vmm import (
+    GUEST_MEMFD,
+    PRIVATE,
+    SPLIT_IRQCHIP,
+    X2APIC,
+    TestTd,
+    UserMemory,
+    cpuid_entry,
+    error_of,
+)
 from uapi_ctypes.device import Kvm
-from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kvm_state import KvmCpuid2, KvmGuestDebug, KvmMsrEntry, KvmMsrs
 from uapi_ctypes.vcpu import Vcpu
 
 PAGE = 4096
 X2APIC_API, EXIT_HYPERCALL, MAX_VCPUS, APIC_BUS_CYCLES_NS, PMU_CAPABILITY = 129, 201, 66, 237, 212
 LOG_DIRTY, READONLY = 1, 2
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 @pytest.fixture

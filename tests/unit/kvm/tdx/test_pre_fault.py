@@ -2,14 +2,12 @@
 
 import errno
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from tests.unit.kvm.tdx.guest_code import S_BIT, Program
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
-from tests.unit.kvm.tdx.vmm import PRIVATE, TestTd
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import PRIVATE, TestTd, error_of
 from uapi_ctypes.kvm import KvmPreFaultMemory
 from uapi_ctypes.kvm_run import KvmExit
 from uapi_ctypes.tdx_leaves import SeamcallLeaf as H
@@ -19,15 +17,6 @@ PRE_FAULT_MEMORY = 0xC040AED5
 EHWPOISON = 133
 NOWHERE = 0x4000_0000
 U64 = 1 << 64
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 def pre_fault(td: TestTd, gpa: int, size: int, flags: int = 0) -> tuple[int, int, int]:

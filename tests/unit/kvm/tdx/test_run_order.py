@@ -3,13 +3,12 @@
 import ctypes
 import errno
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from tests.unit.kvm.tdx.guest_code import R10, R11, Program
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
-from tests.unit.kvm.tdx.vmm import TestTd
+from tests.unit.kvm.tdx.vmm import TestTd, error_of
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kvm_run import KvmExit
 from uapi_ctypes.tdx_leaves import SeamcallLeaf as H
@@ -19,15 +18,6 @@ IO, GET_QUOTE = 30, 0x10002
 INIT_RECEIVED, UNINITIALIZED, RUNNABLE = 2, 1, 0
 BUS_LOCK_FLAG = 2
 UNTOUCHED = 0xEEEE
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 def refused(vcpu: Vcpu) -> tuple[int, int]:

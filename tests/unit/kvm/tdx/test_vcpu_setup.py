@@ -2,13 +2,11 @@
 
 import ctypes
 import errno
-from collections.abc import Callable
 
 import pytest
 
 from tests.unit.kvm.tdx.guest_code import Program
-from tests.unit.kvm.tdx.vmm import GPAW48, SPLIT_IRQCHIP, X2APIC, TestTd, cpuid_entry
-from uapi_ctypes.errors import KvmError
+from tests.unit.kvm.tdx.vmm import GPAW48, SPLIT_IRQCHIP, X2APIC, TestTd, cpuid_entry, error_of
 from uapi_ctypes.kvm_state import KvmCpuid2, KvmMsrEntry, KvmMsrs
 from uapi_ctypes.vcpu import Vcpu
 
@@ -26,15 +24,6 @@ GETTERS = {
     "REGS": 0x8090AE81, "SREGS": 0x8138AE83, "SREGS2": 0x8140AECC, "FPU": 0x81A0AE8C, "XSAVE": 0x9000AEA4,
     "XSAVE2": 0x9000AECF, "XCRS": 0x8188AEA6, "DEBUGREGS": 0x8080AEA1, "LAPIC": 0x8400AE8E,
 }  # fmt: skip
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 @pytest.fixture

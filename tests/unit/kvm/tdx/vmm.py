@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 from sim_backend.kvm.tdx.ops import TdxOps
@@ -9,6 +10,7 @@ from sim_backend.machine import Machine
 from tests.unit.kvm.tdx.guest_code import IMAGE_BYTES, IMAGE_GPA, REPORT_GPA, S_BIT, Program, image
 from uapi_ctypes.device import Kvm
 from uapi_ctypes.dialect import MAINLINE, V17, Dialect
+from uapi_ctypes.errors import KvmError
 from uapi_ctypes.guest_memfd import GuestMemfd
 from uapi_ctypes.kvm_run import KvmExit
 from uapi_ctypes.kvm_state import KvmCpuid2, KvmCpuidEntry2
@@ -213,3 +215,12 @@ class TestTd:
 
 def shared(gpa: int) -> int:
     return gpa | S_BIT
+
+
+def error_of(call: Callable[[], object]) -> int:
+    """Return the errno of `call`, 0 for success."""
+    try:
+        call()
+    except KvmError as error:
+        return error.errno or 0
+    return 0

@@ -3,14 +3,13 @@
 import ctypes
 import errno
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from sim_backend.machine import Machine, boot
 from tests.unit.kvm.tdx.guest_code import EVENT_COUNT, R10, RBX, Program
 from tests.unit.kvm.tdx.scripted_seam import ScriptedSeam
-from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, PRIVATE, V17_CONFIGURED, TestTd, UserMemory, cpuid_entry
+from tests.unit.kvm.tdx.vmm import GUEST_MEMFD, PRIVATE, V17_CONFIGURED, TestTd, UserMemory, cpuid_entry, error_of
 from uapi_ctypes.device import Kvm
 from uapi_ctypes.errors import KvmError
 from uapi_ctypes.kvm_run import KvmExit
@@ -31,15 +30,6 @@ MSI = 0xFEE0_0000
 STI = b"\xfb"
 PAGE = 4096
 INVALID = 0xC000_0100 << 32
-
-
-def error_of(call: Callable[[], object]) -> int:
-    """Return the errno of `call`, 0 for success."""
-    try:
-        call()
-    except KvmError as error:
-        return error.errno or 0
-    return 0
 
 
 def run_into_a_signal(td: TestTd, vcpu: Vcpu | None = None) -> None:
