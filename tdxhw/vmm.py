@@ -138,13 +138,16 @@ class Vmm:
             vcpu.kvm_run.immediate_exit = 0
 
     def _enter(self, vcpu: Vcpu, limit: TimeLimit) -> None:
-        """Enter the guest once; signals other than the kick are waited out."""
+        """Enter the guest once; signals other than the kick are waited out.
+
+        So is EAGAIN: an INIT or a SIPI came to a vCPU that waited for it.
+        """
         run = vcpu.kvm_run
         while True:
             try:
                 vcpu.run()
             except KvmError as error:
-                if error.errno == errno.EINTR:
+                if error.errno in (errno.EINTR, errno.EAGAIN):
                     if self._given_up:
                         raise GuestTimeout("given up: the test has ended") from None
                     if limit.expired:

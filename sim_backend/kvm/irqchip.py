@@ -6,8 +6,10 @@ Full: an 8259 pair and an IOAPIC too.
 
 import errno
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from sim_backend.kvm.apic_map import ApicMap, LogicalMode
 from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.ioapic import Ioapic
 from sim_backend.kvm.lapic import MODE_FIXED, MODE_LOWEST, LocalApic
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _BROADCAST: Final = 0xFFFF_FFFF
 _XAPIC_BROADCAST: Final = 0xFF
+_SELF, _ALL_WITH_SELF = 1, 2  # shorthands
 
 
 class Irqchip:
@@ -33,6 +36,7 @@ class Irqchip:
         self.pic: Final = None if split else PicPair(self)
         self.ioapic: Final = None if split else Ioapic(self)
         self.routes = GsiRoutes.split() if split else GsiRoutes.full()
+        self.apic_map: ApicMap | None = None
 
     def destroy(self) -> None:
         """Let everything go, at VM destruction."""
@@ -58,25 +62,23 @@ class Irqchip:
         Lowest-priority delivery, and an MSI with the redirection hint, goes to one of them, chosen by the vector
         (KVM's `vector_hashing`).
         """
-        vcpus = self.vm.vcpus
-        if shorthand == 1:
-            targets = [vcpu for vcpu in vcpus if vcpu.apic is source]
-        elif shorthand:
-            targets = [vcpu for vcpu in vcpus if shorthand == 2 or vcpu.apic is not source]
-        else:
-            targets = [vcpu for vcpu in vcpus if self._matches(vcpu, destination, logical, source)]
-        taken = -1 if not vcpus or self._is_broadcast(destination, source) else 0
         to_one = mode == MODE_LOWEST or redirection_hint
-        if to_one and not logical and destination == _XAPIC_BROADCAST:
-            mode = MODE_FIXED
-            to_one = redirection_hint
-        if to_one and not shorthand:
-            enabled = [vcpu for vcpu in targets if vcpu.apic is not None and vcpu.apic.sw_enabled]
-            if not enabled:
-                return taken
-            targets = [enabled[vector % len(enabled)]]
-        for vcpu in targets:
-            apic = vcpu.apic
+        targets: Sequence[LocalApic | None]
+        if shorthand == _SELF and source is not None:
+            targets, taken = (source,), 0
+        elif not shorthand and (mapped := self._by_map(destination, logical, source)) is not None:
+            targets, taken = mapped, 0
+            if logical and to_one and targets:
+                targets = (targets[vector % len(targets)],)
+        else:
+            targets, taken = self._by_asking(destination, logical, shorthand, source), -1
+            if to_one and not logical and destination == _XAPIC_BROADCAST:
+                mode = MODE_FIXED
+                to_one = redirection_hint
+            if to_one:
+                enabled = [apic for apic in targets if apic.sw_enabled]
+                targets = (enabled[vector % len(enabled)],) if enabled else ()
+        for apic in targets:
             if apic is not None:
                 taken = max(taken, 0) + apic.accept(mode, vector, level=level, trigger_level=trigger_level)
         return taken
@@ -141,16 +143,48 @@ class Irqchip:
 
     # ---- destinations -----------------------------------------------------------------------------------
 
-    def _is_broadcast(self, destination: int, source: LocalApic | None) -> bool:
-        if destination == _BROADCAST:
-            return True
-        quirk = source is None and not self.vm.x2apic_broadcast_quirk_disabled
-        return destination == _XAPIC_BROADCAST and (quirk or (source is not None and not source.x2apic))
+    def recalculate_apic_map(self) -> None:
+        """Make the map from ids to APICs again: something that it is made of changed."""
+        self.apic_map = ApicMap(self.vm.vcpus, ids_have_32_bits=self.vm.x2apic_32bit_ids)
 
-    def _matches(self, vcpu: "Vcpu", destination: int, logical: bool, source: LocalApic | None) -> bool:
-        apic = vcpu.apic
-        if apic is None or not apic.hw_enabled:
-            return False
-        if self._is_broadcast(destination, source):
-            return True
-        return apic.matches_logical(destination) if logical else apic.matches_physical(destination)
+    def physical_apic(self, apic_id: int) -> LocalApic | None:
+        """Return the APIC that the map has under a physical id."""
+        return self.apic_map.physical(apic_id) if self.apic_map is not None else None
+
+    def _by_map(self, destination: int, logical: bool, source: LocalApic | None) -> Sequence[LocalApic | None] | None:
+        """Return whom the map names, None where each APIC has to be asked (`kvm_apic_map_get_dest_lapic()`)."""
+        apics = self.apic_map
+        if apics is None or not apics.usable:
+            return None
+        if self.vm.x2apic_broadcast_quirk_disabled:
+            everybody = destination == _BROADCAST or (
+                destination == _XAPIC_BROADCAST and apics.logical_mode is not LogicalMode.X2APIC
+            )
+        else:
+            everybody = destination == (_BROADCAST if source is not None and source.x2apic else _XAPIC_BROADCAST)
+        if everybody:
+            return None
+        return apics.logical(destination) if logical else (apics.physical(destination),)
+
+    def _by_asking(self, destination: int, logical: bool, shorthand: int, source: LocalApic | None) -> list[LocalApic]:
+        """Return whom a message means, by asking each APIC (`kvm_apic_match_dest()`)."""
+        found = []
+        for vcpu in self.vm.vcpus:
+            apic = vcpu.apic
+            if apic is None or not apic.hw_enabled:
+                continue
+            if shorthand:
+                meant = shorthand == _ALL_WITH_SELF or (apic is source) == (shorthand == _SELF)
+            else:
+                mda = destination
+                if (
+                    not self.vm.x2apic_broadcast_quirk_disabled
+                    and source is None
+                    and destination == _XAPIC_BROADCAST
+                    and apic.x2apic
+                ):
+                    mda = _BROADCAST
+                meant = apic.matches_logical(mda) if logical else apic.matches_physical(mda)
+            if meant:
+                found.append(apic)
+        return found

@@ -79,6 +79,8 @@ _READABLE: Final = frozenset(
 )
 _XAPIC_ONLY: Final = frozenset({ARBPRI, DFR, ICR2, RRR})
 _U32: Final = 0xFFFF_FFFF
+_XAPIC_BROADCAST: Final = 0xFF
+_DFR_CLUSTER: Final = 0x0FFF_FFFF
 _PAGE: Final = struct.Struct("<" + "I12x" * 64)
 
 
@@ -118,15 +120,26 @@ class LocalApic:
         return self.base & (APIC_BASE_X2APIC | APIC_BASE_ENABLE) == APIC_BASE_X2APIC | APIC_BASE_ENABLE
 
     @property
+    def xapic_id(self) -> int:
+        """The 8-bit physical id of xAPIC mode, which the guest can change."""
+        return self.regs[ID] >> 24
+
+    @property
     def apic_id(self) -> int:
         """The 32-bit physical destination id."""
-        return self.vcpu.id if self.x2apic else self.regs[ID] >> 24
+        return self.vcpu.id if self.x2apic else self.xapic_id
 
-    def reset(self) -> None:
-        """Put every register into its reset state (kvm_lapic_reset); the base MSR is the caller's."""
+    def reset(self, *, init_event: bool = False) -> None:
+        """Put every register into its reset state (kvm_lapic_reset); the base MSR is the caller's.
+
+        INIT keeps the id, and in x2APIC mode the logical one that follows from it.
+        """
         regs = self.regs
+        own_id, logical_id = regs[ID], regs[LDR]
         regs[:] = [0] * 64
-        regs[ID] = (self.vcpu.id & 0xFF) << 24
+        regs[ID] = own_id if init_event else (self.vcpu.id & 0xFF) << 24
+        if self.x2apic:
+            regs[LDR] = logical_id
         for lvt in (LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR):
             regs[lvt] = LVT_MASKED
         if self.nr_lvt > _LVT_WITHOUT_CMCI:
@@ -139,6 +152,7 @@ class LocalApic:
         self.irr = self.isr = self.tmr = 0
         self.timer.expires_ns = 0
         self.timer.tsc_deadline = 0
+        self._recalculate_map()
 
     def set_version(self) -> None:
         """Fill the version register in: EOI broadcasts can be suppressed where the IOAPIC is user space's."""
@@ -157,24 +171,30 @@ class LocalApic:
     def set_base(self, value: int) -> None:
         """Take a new, already checked IA32_APIC_BASE."""
         old, self.base = self.base, value
+        if (old ^ value) & APIC_BASE_ENABLE and value & APIC_BASE_ENABLE:
+            self.regs[ID] = (self.vcpu.id & 0xFF) << 24
         if (old ^ value) & APIC_BASE_X2APIC and value & APIC_BASE_X2APIC:
             vcpu_id = self.vcpu.id
             self.regs[ID] = vcpu_id
             self.regs[LDR] = (vcpu_id >> 4) << 16 | 1 << (vcpu_id & 0xF)
-        elif old & APIC_BASE_X2APIC and not value & APIC_BASE_X2APIC:
+        elif (old ^ value) & APIC_BASE_X2APIC and value & APIC_BASE_ENABLE:
             self.regs[ID] = (self.vcpu.id & 0xFF) << 24
+        if (old ^ value) & (APIC_BASE_ENABLE | APIC_BASE_X2APIC):
+            self._recalculate_map()
 
     # ---- destinations -----------------------------------------------------------------------------------
 
     def matches_physical(self, destination: int) -> bool:
-        """Tell whether a physical destination means this APIC."""
+        """Tell whether a physical destination means this APIC, the broadcast of its mode included."""
         if self.x2apic:
             return destination in (_U32, self.vcpu.id)
-        return destination in (0xFF, self.regs[ID] >> 24, _U32)
+        if destination > _XAPIC_BROADCAST:
+            return destination == self.vcpu.id  # an id that xAPIC mode cannot express
+        return destination in (_XAPIC_BROADCAST, self.xapic_id)
 
     def matches_logical(self, destination: int) -> bool:
         """Tell whether a logical destination includes this APIC."""
-        if destination == (_U32 if self.x2apic else 0xFF):
+        if destination == (_U32 if self.x2apic else _XAPIC_BROADCAST):
             return True
         ldr = self.regs[LDR]
         if self.x2apic:
@@ -182,6 +202,8 @@ class LocalApic:
         logical = ldr >> 24
         if self.regs[DFR] == _U32:
             return bool(logical & destination & 0xFF)
+        if self.regs[DFR] != _DFR_CLUSTER:
+            return False
         return logical >> 4 == destination >> 4 and bool(logical & destination & 0xF)
 
     # ---- interrupts -------------------------------------------------------------------------------------
@@ -313,7 +335,7 @@ class LocalApic:
             self.end_of_interrupt()
         elif register == SPIV:
             mask = 0x3FF | (SPIV_DIRECTED_EOI if regs[LVR] >> 24 & 1 else 0)
-            regs[SPIV] = value & mask
+            self._set_spiv(value & mask)
             if not value & SPIV_ENABLED:
                 for lvt in (LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR):
                     regs[lvt] |= LVT_MASKED
@@ -338,12 +360,9 @@ class LocalApic:
             self.accept(MODE_FIXED, value, level=True, trigger_level=False)
         elif self.x2apic:
             return False
-        elif register == ID:
-            regs[ID] = value
-        elif register == LDR:
-            regs[LDR] = value & 0xFF00_0000
-        elif register == DFR:
-            regs[DFR] = value | 0x0FFF_FFFF
+        elif register in (ID, LDR, DFR):
+            regs[register] = value | _DFR_CLUSTER if register == DFR else value & 0xFF00_0000
+            self._recalculate_map()
         elif register == ICR2:
             regs[ICR2] = value & 0xFF00_0000
         else:
@@ -358,6 +377,16 @@ class LocalApic:
         self.regs[ICR] = value & ~(1 << 12) & _U32
         self._send_ipi(self.regs[ICR], self.regs[ICR2])
         return True
+
+    def _set_spiv(self, value: int) -> None:
+        was_enabled, self.regs[SPIV] = self.sw_enabled, value
+        if was_enabled != self.sw_enabled:
+            self._recalculate_map()
+
+    def _recalculate_map(self) -> None:
+        irqchip = self.vcpu.vm.irqchip
+        if irqchip is not None:
+            irqchip.recalculate_apic_map()
 
     def _send_ipi(self, low: int, high: int) -> None:
         irqchip = self.vcpu.vm.irqchip
@@ -384,7 +413,7 @@ class LocalApic:
         if self.x2apic:
             given = words[ID] if self.vcpu.vm.x2apic_32bit_ids else words[ID] >> 24
             if given != (self.vcpu.id if self.vcpu.vm.x2apic_32bit_ids else self.vcpu.id & 0xFF):
-                self.regs[SPIV] = words[SPIV]  # kvm_apic_set_state() takes it before it looks at the rest
+                self._set_spiv(words[SPIV])  # kvm_apic_set_state() takes it before it looks at the rest
                 return False
         version = self.regs[LVR]
         self.regs[:] = words
@@ -394,5 +423,6 @@ class LocalApic:
             self.regs[LDR] = (self.vcpu.id >> 4) << 16 | 1 << (self.vcpu.id & 0xF)
         for name, base in (("isr", ISR), ("tmr", TMR), ("irr", IRR)):
             setattr(self, name, sum(words[base + index] << (32 * index) for index in range(8)))
+        self._recalculate_map()
         self.timer.start()
         return True

@@ -33,6 +33,7 @@ MSR_IA32_PRED_CMD: Final = 0x49
 MSR_IA32_UCODE_REV: Final = 0x8B
 MSR_IA32_SMBASE: Final = 0x9E
 MSR_PLATFORM_INFO: Final = 0xCE
+MSR_IA32_UMWAIT_CONTROL: Final = 0xE1
 MSR_MTRRCAP: Final = 0xFE
 MSR_IA32_ARCH_CAPABILITIES: Final = 0x10A
 MSR_IA32_FLUSH_CMD: Final = 0x10B
@@ -86,6 +87,17 @@ _PV_FEATURES: Final = {
     MSR_KVM_ASYNC_PF_INT: KVM_FEATURE_ASYNC_PF_INT,
     MSR_KVM_ASYNC_PF_ACK: KVM_FEATURE_ASYNC_PF_INT,
 }
+
+CLEARED_BY_INIT: Final = (
+    MSR_IA32_SPEC_CTRL,
+    MSR_IA32_UMWAIT_CONTROL,
+    MSR_KVM_SYSTEM_TIME_NEW,
+    MSR_KVM_ASYNC_PF_EN,
+    MSR_KVM_STEAL_TIME,
+    MSR_KVM_PV_EOI_EN,
+    MSR_KVM_ASYNC_PF_INT,
+)
+"""All others keep their value (`kvm_vcpu_reset()`)."""
 
 PAT_RESET: Final = 0x0007_0406_0007_0406
 MTRR_VARIABLE_COUNT: Final = 8
@@ -252,7 +264,9 @@ _FROZEN_AFTER_RUN: Final = frozenset({MSR_IA32_ARCH_CAPABILITIES, MSR_PLATFORM_I
 
 
 def _vcpu_has(vcpu: "Vcpu", index: int) -> bool:
-    """Tell whether the vCPU's CPUID table has the feature that brings the MSR."""
+    """Tell whether the host, or the vCPU's CPUID table, has the feature that brings the MSR."""
+    if index == MSR_IA32_SMBASE:
+        return vcpu.vm.host.profile.behaves("smm")
     if index == MSR_IA32_ARCH_CAPABILITIES and not vcpu.vm.ops.has_protected_state:
         return vcpu.cpuid.has(7, "edx", 29)
     if index in (MSR_AMD64_OSVW_ID_LENGTH, MSR_AMD64_OSVW_STATUS):

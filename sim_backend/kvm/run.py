@@ -112,18 +112,17 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
     def _wait_uninitialized(signals: int) -> None:
         if u8[IMMEDIATE_EXIT]:
             raise Errno(errno.EINTR)
-        while True:
-            if since(signals) or pending_signal() or u8[IMMEDIATE_EXIT]:
-                u32[EXIT_REASON] = KVM_EXIT_INTR
-                raise Errno(errno.EINTR)
+        while not (interrupted := since(signals) or pending_signal() or bool(u8[IMMEDIATE_EXIT])):
             if vm.dead:
                 raise Errno(errno.EIO)
-            apic = vcpu.apic
-            if apic is not None and (apic.init_pending or apic.sipi_pending) and vcpu.accept_apic_events():
-                raise Errno(errno.EAGAIN)
-            if vcpu.mp_state != _UNINITIALIZED or vcpu.has_work():
-                raise Errno(errno.EAGAIN)
+            if vcpu.has_work():
+                break
             sleep(_POLL_S)
+        vcpu.accept_apic_events()
+        if interrupted:
+            u32[EXIT_REASON] = KVM_EXIT_INTR
+            counters["signal_exits"] += 1
+        raise Errno(errno.EINTR if interrupted else errno.EAGAIN)
 
     def sleep(timeout_s: float) -> None:
         """Wait for a kick with the logical processor given up; SET_MP_STATE and the like need the mutex."""
@@ -150,6 +149,8 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 vcpu.kicked = False
                 if vm.dead:
                     raise Errno(errno.EIO)
+                if vcpu.nmi_queued:
+                    vcpu.process_nmi()
                 if vcpu.nmi_pending:
                     ops.inject_nmi(vcpu)
                 counters["exits"] += 1

@@ -90,6 +90,7 @@ class Vcpu:
         self.wakeup: Final = threading.Condition(threading.Lock())
 
         # Events.
+        self.nmi_queued = 0  # sent, and not looked at yet (any thread, under `wakeup`)
         self.nmi_pending = 0
         self.nmi_injected = False
         self.nmi_masked = False
@@ -97,6 +98,7 @@ class Vcpu:
         self.triple_fault_pending = False
         self.exception: Final = QueuedException()
         self.interrupt = -1  # vector queued by KVM_INTERRUPT or taken from a controller
+        self.interrupt_nr = 0  # the one before, which KVM_GET_VCPU_EVENTS still shows
         self.interrupt_soft = False
         self.interrupt_shadow = 0
         self.shadow_over = False  # the instruction in the shadow was executed by us
@@ -181,22 +183,24 @@ class Vcpu:
         return self.vm.dead or self.triple_fault_pending or self.vm.ops.vcpu_has_events(self)
 
     def unhalt(self) -> None:
-        """Leave the halted states; INIT_RECEIVED waits for SIPI."""
+        """Act on what ended the wait (the end of `vcpu_block`): INIT_RECEIVED is left by a SIPI only."""
+        self.accept_apic_events()
         if self.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD):
             self.mp_state = MpState.RUNNABLE
             self.pv_unhalted = False
 
-    def accept_apic_events(self) -> bool:
-        """Act on a pending INIT or SIPI (kvm_apic_accept_events); tell whether the vCPU became something else."""
+    def accepts_init_and_sipi(self) -> bool:
+        """Tell whether INIT and SIPI act now (kvm_apic_init_sipi_allowed): never on a protected guest."""
+        return not (self.vm.ops.has_protected_state or self.in_smm) and self.svm_gif
+
+    def accept_apic_events(self) -> None:
+        """Act on a pending INIT or SIPI (kvm_apic_accept_events)."""
         apic = self.apic
-        if apic is None:
-            return False
-        if self.vm.ops.has_protected_state:
-            apic.sipi_pending = False  # and INIT stays blocked for ever
-            return False
-        if self.in_smm or not self.svm_gif:
+        if apic is None or not (apic.init_pending or apic.sipi_pending):
+            return
+        if not self.accepts_init_and_sipi():
             apic.sipi_pending = False  # an INIT waits, a SIPI is lost
-            return False
+            return
         if apic.init_pending:
             apic.init_pending = False
             reset_vcpu(self, init_event=True)
@@ -206,8 +210,6 @@ class Vcpu:
             if self.mp_state == MpState.INIT_RECEIVED:
                 start_at_sipi_vector(self, apic.sipi_vector)
                 self.mp_state = MpState.RUNNABLE
-                return True
-        return False
 
     def free(self) -> None:
         """Release what the vCPU itself holds (at VM destruction)."""
@@ -219,9 +221,17 @@ class Vcpu:
     # ---- events ---------------------------------------------------------------------------------------------
 
     def queue_nmi(self) -> None:
-        """Make an NMI pending (any thread); at most two are remembered."""
-        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        """Send an NMI (any thread); the vCPU looks at its next entry, and a halted one wakes up to look."""
+        with self.wakeup:
+            self.nmi_queued += 1
         self.kick()
+
+    def process_nmi(self) -> None:
+        """Make what was sent pending (vCPU's mutex held): one beside one in progress, two otherwise."""
+        with self.wakeup:
+            queued, self.nmi_queued = self.nmi_queued, 0
+        limit = 1 if self.nmi_masked or self.nmi_injected else 2
+        self.nmi_pending = min(self.nmi_pending + queued, limit)
 
     def queue_smi(self) -> bool:
         """Make an SMI pending (any thread); False where there is no system management mode (kvm_inject_smi)."""

@@ -146,6 +146,7 @@ class VcpuEventIoctls:
 def pack_events(vcpu: "Vcpu") -> bytes:
     """Return ``struct kvm_vcpu_events`` (kvm_vcpu_ioctl_x86_get_vcpu_events)."""
     vm = vcpu.vm
+    vcpu.process_nmi()
     exception = vcpu.exception
     soft = exception.vector in (3, 4)
     pending = exception.pending and not soft
@@ -164,7 +165,7 @@ def pack_events(vcpu: "Vcpu") -> bytes:
         int(pending),
         exception.error_code,
         int(hard_interrupt),
-        max(vcpu.interrupt, 0),
+        vcpu.interrupt if vcpu.interrupt >= 0 else vcpu.interrupt_nr,
         0,
         vcpu.interrupt_shadow,
         int(vcpu.nmi_injected),
@@ -232,18 +233,19 @@ def unpack_events(vcpu: "Vcpu", data: bytes) -> None:
 
     # ---- Every check passed: from here on the call cannot fail. ----
 
+    vcpu.process_nmi()
     exception = vcpu.exception
     exception.vector, exception.pending, exception.injected = exc_nr, bool(exc_pending), bool(exc_injected)
     exception.has_error_code, exception.error_code = bool(exc_has_error), exc_error
     exception.has_payload, exception.payload = bool(has_payload), payload
-    vcpu.interrupt = int_nr if int_injected else -1
+    vcpu.interrupt, vcpu.interrupt_nr = int_nr if int_injected else -1, int_nr
     vcpu.interrupt_soft = bool(int_soft)
     if flags & VALID_SHADOW:
         one = vm.host.profile.behaves("one_interrupt_shadow")
         vcpu.interrupt_shadow = (3 if int_shadow else 0) if one else int_shadow
     vcpu.nmi_injected = bool(nmi_injected)
     if flags & VALID_NMI_PENDING:
-        vcpu.nmi_pending = min(nmi_pending, 2)
+        vcpu.nmi_pending, vcpu.nmi_queued = 0, nmi_pending
     vcpu.nmi_masked = bool(nmi_masked)
     if flags & VALID_SIPI_VECTOR and vcpu.apic is not None:
         vcpu.apic.sipi_vector = sipi_vector & 0xFF

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Final
 
 from sim_backend.cpu.engine import CpuState, Segment
 from sim_backend.hw.gprs import RDX
+from sim_backend.kvm.msrs import CLEARED_BY_INIT
 
 if TYPE_CHECKING:
     from sim_backend.kvm.vcpu import Vcpu
@@ -47,16 +48,23 @@ def reset_vcpu(vcpu: "Vcpu", *, init_event: bool) -> None:
     cpu.gprs[RDX] = signature.eax if signature is not None else _DEFAULT_SIGNATURE
     cpu.rip = _RESET_RIP
     cpu.rflags = _RFLAGS_RESET
+    vcpu.saved_state = vcpu.set_pdptrs = None  # what user space had set counts no more
+    vcpu.set_rflags = -1
     vcpu.exception.pending = vcpu.exception.injected = False
-    vcpu.interrupt = -1
-    vcpu.nmi_pending = 0
-    vcpu.nmi_injected = False
+    if vcpu.interrupt >= 0:
+        vcpu.interrupt_nr, vcpu.interrupt = vcpu.interrupt, -1
+    vcpu.interrupt_shadow = 0
+    vcpu.nmi_queued = vcpu.nmi_pending = 0
+    vcpu.nmi_injected = vcpu.nmi_masked = False
     vcpu.smi_pending = False
     vcpu.guest_breakpoints = False
     vcpu.svm_gif = True
     vcpu.complete_userspace_io = None
+    if init_event:
+        for index in CLEARED_BY_INIT:
+            vcpu.msrs.pop(index, None)
     if vcpu.apic is not None:
-        vcpu.apic.reset()
+        vcpu.apic.reset(init_event=init_event)
 
 
 def start_at_sipi_vector(vcpu: "Vcpu", vector: int) -> None:
@@ -64,7 +72,7 @@ def start_at_sipi_vector(vcpu: "Vcpu", vector: int) -> None:
     cpu = vcpu.cpu
     if cpu is None:
         return
-    state = cpu.get_state()
+    state = vcpu.read_state()
     state.cs.selector, state.cs.base = vector << 8, vector << 12
-    cpu.set_state(state)
+    vcpu.write_state(state)
     cpu.rip = 0

@@ -137,7 +137,7 @@ def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
     if vcpu.interrupt >= 0:
         if allowed:
             cpu.inject(VALID | _TYPE_EXTERNAL | vcpu.interrupt)
-            vcpu.interrupt = -1
+            vcpu.interrupt_nr, vcpu.interrupt = vcpu.interrupt, -1
         else:
             cpu.request_interrupt_window(True)
     elif apic is not None and apic.highest_pending() >= 0:

@@ -31,7 +31,6 @@ _U32: Final = 0xFFFF_FFFF
 _U64: Final = (1 << 64) - 1
 _MAP_GPA_ARGS: Final = 3
 _ICR_SHORTHAND_OR_LOGICAL: Final = 3 << 18 | 1 << 11
-_IPI_BITS: Final = 128
 
 
 VMCALL: Final = bytes.fromhex("0f01c1")
@@ -91,10 +90,10 @@ def emulate_hypercall(vcpu: "Vcpu", cpu: Cpu) -> bool:
 
         vcpu.complete_userspace_io = complete
         return False
-    return _finish(vcpu, cpu, _in_kernel(vcpu, number, args), mask)
+    return _finish(vcpu, cpu, _in_kernel(vcpu, number, args, 64 if long_mode else 32), mask)
 
 
-def _in_kernel(vcpu: "Vcpu", number: int, args: list[int]) -> int:
+def _in_kernel(vcpu: "Vcpu", number: int, args: list[int], bits: int) -> int:
     if number == KVM_HC_VAPIC_POLL_IRQ:
         return 0
     if number == KVM_HC_KICK_CPU and guest_pv_has(vcpu, KVM_FEATURE_PV_UNHALT):
@@ -104,7 +103,7 @@ def _in_kernel(vcpu: "Vcpu", number: int, args: list[int]) -> int:
                 other.kick()
         return 0
     if number == KVM_HC_SEND_IPI and guest_pv_has(vcpu, KVM_FEATURE_PV_SEND_IPI):
-        return _send_ipi(vcpu, args)
+        return _send_ipi(vcpu, args, bits)
     if number == KVM_HC_SCHED_YIELD and guest_pv_has(vcpu, KVM_FEATURE_PV_SCHED_YIELD):
         return 0
     if number == KVM_HC_CLOCK_PAIRING:
@@ -112,19 +111,23 @@ def _in_kernel(vcpu: "Vcpu", number: int, args: list[int]) -> int:
     return -KVM_ENOSYS
 
 
-def _send_ipi(vcpu: "Vcpu", args: list[int]) -> int:
-    """Send the IPI of ICR args[3] to APIC ids args[2] + bit for the bits of args[0] and args[1] (kvm_pv_send_ipi)."""
+def _send_ipi(vcpu: "Vcpu", args: list[int], bits: int) -> int:
+    """Send the IPI of ICR args[3] to APIC ids args[2] + bit for the bits of args[0] and args[1] (kvm_pv_send_ipi).
+
+    args[1] goes on where args[0] ends: at bit 64, or 32 for a caller that is not in 64-bit mode.
+    """
     low, high, first, icr = args
     irqchip = vcpu.vm.irqchip
     if icr & _ICR_SHORTHAND_OR_LOGICAL or icr >> 8 & 7 == 7:
         return -errno.EINVAL
     if irqchip is None:
         return -errno.EOPNOTSUPP
-    bitmap, taken = low | high << 64, 0
-    for other in vcpu.vm.vcpus:
-        offset = other.id - (first & _U32)
-        if 0 <= offset < _IPI_BITS and bitmap >> offset & 1 and other.apic is not None:
-            taken += other.apic.accept(icr >> 8 & 7, icr & 0xFF, level=True, trigger_level=False)
+    bitmap, taken = low | high << bits, 0
+    for bit in range(2 * bits):
+        target = irqchip.physical_apic((first & _U32) + bit) if bitmap >> bit & 1 else None
+        if target is not None:
+            level, by_level = bool(icr >> 14 & 1), bool(icr >> 15 & 1)
+            taken += target.accept(icr >> 8 & 7, icr & 0xFF, level=level, trigger_level=by_level)
     return taken
 
 

@@ -12,6 +12,7 @@ from sim_backend.kvm.errors import Errno, NotModelled
 from sim_backend.kvm.guest_paging import read_pdptrs
 from sim_backend.kvm.memslots import KVM_MEM_LOG_DIRTY_PAGES
 from sim_backend.kvm.registers import CR0_PG
+from sim_backend.kvm.vcpu import MpState
 from sim_backend.kvm.vcpu_reset import reset_vcpu
 from uapi_ctypes.caps import KvmCap
 
@@ -133,6 +134,11 @@ class DefaultVmOps:
 
     def vcpu_run(self, vcpu: "Vcpu") -> bool:
         """Enter the guest once and handle its exit."""
+        apic = vcpu.apic
+        if apic is not None and (apic.init_pending or apic.sipi_pending):
+            vcpu.accept_apic_events()
+            if vcpu.mp_state == MpState.INIT_RECEIVED:
+                return True
         if vcpu.smi_pending or vcpu.in_smm:
             raise NotModelled("system management mode: entering it, and running in it")
         if self._needs_mmu_pages and not self.vm.has_mmu_pages and not vcpu.read_state().cr0 & CR0_PG:
@@ -173,12 +179,14 @@ class DefaultVmOps:
 
     def vcpu_has_events(self, vcpu: "Vcpu") -> bool:
         """Tell whether a halted vCPU should wake."""
-        if vcpu.nmi_pending or vcpu.exception_queued() or vcpu.smi_pending or vcpu.pv_unhalted:
+        if vcpu.nmi_queued or (vcpu.nmi_pending and not vcpu.nmi_masked):
+            return True
+        if vcpu.exception_queued() or vcpu.smi_pending or vcpu.pv_unhalted:
             return True
         apic = vcpu.apic
         if apic is None:
             return vcpu.interrupt >= 0
-        if apic.init_pending or apic.sipi_pending:
+        if (apic.init_pending or apic.sipi_pending) and vcpu.accepts_init_and_sipi():
             return True
         if apic.highest_pending() >= 0 or vcpu.pending_external_vector >= 0:
             return vcpu.interrupt_flag()

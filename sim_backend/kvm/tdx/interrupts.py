@@ -44,7 +44,7 @@ def posted_interrupt_pending(ops: "TdxOps", vcpu: "Vcpu") -> bool:
 
 def has_events(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     """Tell whether a halted vCPU should wake (`tdx_protected_apic_has_interrupt()` and the NMI)."""
-    if vcpu.nmi_pending or vcpu.pv_unhalted:
+    if vcpu.nmi_queued or vcpu.nmi_pending or vcpu.pv_unhalted:
         return True
     vendor = vcpu.vendor
     if vendor.halt_interrupts_blocked and not ops.host.is_v17:

@@ -78,6 +78,8 @@ class SmallVm:
         self.vcpus = [self.vm.create_vcpu(index) for index in range(n_vcpus)]
         for vcpu in self.vcpus:
             self.start(vcpu, CODE)
+            if split:
+                vcpu.set_lapic(vcpu.get_lapic())  # now messages can name the newest vCPU, too
 
     def __enter__(self) -> Self:
         return self

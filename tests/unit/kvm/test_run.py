@@ -159,7 +159,8 @@ def test_an_msi_to_a_disabled_apic_is_taken_by_nobody(kernel: SimKernel) -> None
         assert small.vm.signal_msi(MSI | 0x7F << 12, 0x41) == 0
 
 
-def test_an_application_processor_blocks_until_init_and_sipi(kernel: SimKernel) -> None:
+@pytest.mark.parametrize("pause_s", [0.0, 0.02], ids=["at-once", "one-after-the-other"])
+def test_an_application_processor_blocks_until_init_and_sipi(kernel: SimKernel, pause_s: float) -> None:
     with SmallVm(kernel, b"\xf4", split=True, n_vcpus=2) as small:
         small.memory[0x2000] = b"\xe6\x81\xf4"  # out 0x81, al
         second = small.vcpus[1]
@@ -168,10 +169,30 @@ def test_an_application_processor_blocks_until_init_and_sipi(kernel: SimKernel) 
         time.sleep(0.02)
         assert thread.is_alive()
         assert small.vm.signal_msi(MSI | 1 << 12, 5 << 8) == 1  # INIT
+        time.sleep(pause_s)
         assert small.vm.signal_msi(MSI | 1 << 12, 6 << 8 | 2) == 1  # SIPI, page 2
         thread.join(2)
         assert result == ["EAGAIN"]
-        assert second.run() == KvmExit.KVM_EXIT_IO
+        thread, result = in_thread(second.run)
+        thread.join(5)
+        assert result == [KvmExit.KVM_EXIT_IO]
+        assert second.kvm_run.io.port == 0x81
+
+
+def test_a_running_application_processor_is_stopped_and_started_again_by_others(kernel: SimKernel) -> None:
+    with SmallVm(kernel, ENDLESS_LOOP, split=True, n_vcpus=2) as small:
+        small.memory[0x2000] = b"\xe6\x81\xf4"  # out 0x81, al
+        second = small.vcpus[1]
+        second.set_mp_state(0)
+        thread, result = in_thread(second.run)
+        time.sleep(0.02)
+        for _ in range(2):
+            assert small.vm.signal_msi(MSI | 1 << 12, 5 << 8) == 1  # INIT
+            time.sleep(0.02)
+            assert thread.is_alive(), "INIT alone makes it wait"
+        assert small.vm.signal_msi(MSI | 1 << 12, 6 << 8 | 2) == 1  # SIPI, page 2
+        thread.join(5)
+        assert result == [KvmExit.KVM_EXIT_IO]
         assert second.kvm_run.io.port == 0x81
 
 

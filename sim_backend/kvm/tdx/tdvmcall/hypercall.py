@@ -109,9 +109,10 @@ def _send_ipi(vcpu: "Vcpu", regs: list[int]) -> int:
     for word, bitmap in enumerate((regs[R11], regs[R12])):
         first = (regs[R13] + word * _BITMAP_BITS) & 0xFFFF_FFFF
         for bit in range(_BITMAP_BITS):
-            target = vcpu.vm.vcpus_by_id.get(first + bit) if bitmap >> bit & 1 else None
-            if target is not None and target.apic is not None:
-                count += target.apic.accept((icr & _APIC_MODE) >> 8, icr & 0xFF, level=True, trigger_level=False)
+            target = irqchip.physical_apic(first + bit) if bitmap >> bit & 1 else None
+            if target is not None:
+                level, by_level = bool(icr >> 14 & 1), bool(icr >> 15 & 1)
+                count += target.accept((icr & _APIC_MODE) >> 8, icr & 0xFF, level=level, trigger_level=by_level)
     return count
 
 

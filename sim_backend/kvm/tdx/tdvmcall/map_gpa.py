@@ -90,7 +90,7 @@ def _complete(ops: "TdxOps", vcpu: "Vcpu", chunk: int) -> bool:
         return True
     if vendor.map_gpa_next >= vendor.map_gpa_end:
         return True
-    if vcpu.nmi_pending or posted_interrupt_pending(ops, vcpu):
+    if vcpu.nmi_queued or vcpu.nmi_pending or posted_interrupt_pending(ops, vcpu):
         # The guest shall take its interrupt first, and ask for the rest again.
         regs[R10], regs[R11] = RETRY, vendor.map_gpa_next
         return True
