@@ -112,6 +112,7 @@ class Cpu(Protocol):
     second_level: SecondLevel
     msr_policy: MsrPolicy
     exception_bitmap: int  # guest exceptions (bit = vector) that exit instead of being delivered
+    steps: bool  # RFLAGS.TF is the host's, for one step: no event saves it or clears it
     virtual_apic: VirtualApic | None  # None: no APIC virtualization
 
     def get_state(self) -> CpuState:
@@ -132,6 +133,10 @@ class Cpu(Protocol):
 
     def inject(self, interruption_info: int, error_code: int = 0, instruction_length: int = 0) -> None:
         """Deliver an event at the next `run` (VM-entry interruption-information format)."""
+        ...
+
+    def take_back(self) -> tuple[int, int, int]:
+        """Return and forget what `inject` left and no run has delivered: its arguments, or zeros."""
         ...
 
     def can_take_interrupt(self) -> bool:

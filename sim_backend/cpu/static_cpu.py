@@ -29,6 +29,7 @@ class StaticCpu:
         "rip",
         "second_level",
         "state",
+        "steps",
         "virtual_apic",
     )
 
@@ -39,6 +40,7 @@ class StaticCpu:
         self.gprs = new_gprs()
         self.rip = 0xFFF0
         self.exception_bitmap = 0
+        self.steps = False
         self.virtual_apic: VirtualApic | None = None
         self.rflags = 2
         self.exit = VmExit()
@@ -71,6 +73,10 @@ class StaticCpu:
         """Note the event for whoever asks."""
         self.injected = interruption_info
         self.injected_error = error_code
+
+    def take_back(self) -> tuple[int, int, int]:
+        """Return and forget the event."""
+        return self.take_injected(), self.injected_error, 0
 
     def take_injected(self) -> int:
         """Return the event noted since the last call, or zero."""

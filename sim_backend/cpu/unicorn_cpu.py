@@ -31,6 +31,7 @@ _Q_CR: Final = u.ENV_CR >> 3
 _Q_CR3: Final = _Q_CR + 3
 _Q_CS_BASE: Final = (u.ENV_SEGS + 24 + 8) >> 3
 _EFER_LME: Final = 1 << 8
+_RFLAGS_TF: Final = 1 << 8
 _RFLAGS_IF: Final = 1 << 9
 _VALID: Final = 1 << 31
 
@@ -72,6 +73,7 @@ class UnicornCpu:
         self.exit: VmExit = VmExit()
         self.msr_policy: MsrPolicy = _EveryMsrExits()
         self.exception_bitmap = 0
+        self.steps = False
         self.virtual_apic: VirtualApic | None = None
         self.msrs: dict[int, int] = {}
         self.cr8 = 0
@@ -243,7 +245,13 @@ class UnicornCpu:
         instance = self.instance
         self.gprs[:] = self.quads[:16].tolist()
         try:
-            events.deliver(self, event)
+            if self.steps:
+                self.rflags &= ~_RFLAGS_TF
+            try:
+                events.deliver(self, event)
+            finally:
+                if self.steps:
+                    self.rflags |= _RFLAGS_TF
         except events.TripleFault:
             self.leave(ExitReason.TRIPLE_FAULT)
             return True
@@ -290,6 +298,15 @@ class UnicornCpu:
         code = error_code if interruption_info & 1 << 11 else None
         kind = interruption_info >> 8 & 7
         self._pending = Event(interruption_info & 0xFF, kind, code, instruction_length)
+
+    def take_back(self) -> tuple[int, int, int]:
+        """Return and forget what `inject` left and no run has delivered: its arguments, or zeros."""
+        event, self._pending = self._pending, None
+        if event is None:
+            return 0, 0, 0
+        has_code = event.error_code is not None
+        information = _VALID | event.kind << 8 | event.vector | has_code << 11
+        return information, event.error_code or 0, event.length
 
     def can_take_interrupt(self) -> bool:
         """Tell whether an external interrupt could be injected now (IF set, no STI/MOV SS shadow)."""

@@ -131,7 +131,7 @@ class VmEnableCap:
         with vm.lock:
             if vm.irqchip is not None or vm.created_vcpus:
                 raise Errno(errno.EEXIST)
-            vm.irqchip = Irqchip(vm, split=True, reserved_pins=args[0])
+            vm.irqchip = vm.io_bus.irqchip = Irqchip(vm, split=True, reserved_pins=args[0])
 
     def _x2apic_api(self, args: Sequence[int]) -> None:
         vm, flags = self._vm, args[0]
@@ -149,6 +149,10 @@ class VmEnableCap:
             vm.x2apic_32bit_ids = True
         if flags & X2APIC_DISABLE_BROADCAST_QUIRK:
             vm.x2apic_broadcast_quirk_disabled = True
+        if enable:
+            vm.suppress_eoi_broadcast = True
+        elif flags & X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST:
+            vm.suppress_eoi_broadcast = False
 
     def _x86_disable_exits(self, args: Sequence[int]) -> None:
         vm = self._vm

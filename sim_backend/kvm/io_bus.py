@@ -106,7 +106,7 @@ class IoBus:
         irqchip = self.irqchip
         if irqchip is not None:
             if pio:
-                if irqchip.pic is not None and len(data) == 1 and irqchip.pic.port_write(address, data[0]):
+                if irqchip.pic is not None and irqchip.pic.port_write(address, data):
                     return True
                 if self.pit is not None and len(data) == 1 and self.pit.port_write(address, data[0]):
                     return True
@@ -123,9 +123,9 @@ class IoBus:
         if irqchip is None:
             return None
         if pio:
-            value = irqchip.pic.port_read(address) if irqchip.pic is not None and length == 1 else None
-            if value is None and self.pit is not None and length == 1:
-                value = self.pit.port_read(address)
+            if irqchip.pic is not None and (data := irqchip.pic.port_read(address, length)) is not None:
+                return data
+            value = self.pit.port_read(address) if self.pit is not None and length == 1 else None
             return None if value is None else bytes((value,))
         apic = vcpu.apic
         if apic is not None and apic.hw_enabled and not apic.x2apic:

@@ -155,21 +155,21 @@ class IrqIoctls:
 
     def irq_line(self, argp: int) -> int:
         """KVM_IRQ_LINE."""
-        self._irq_line(argp)
+        self._irq_line(argp, line_status=False)
         return 0
 
     def irq_line_status(self, argp: int) -> int:
         """KVM_IRQ_LINE_STATUS: the same, with the delivery result written back."""
-        status = self._irq_line(argp)
+        status = self._irq_line(argp, line_status=True)
         self._vm.mm.write(argp, struct.pack("<i", status))
         return 0
 
-    def _irq_line(self, argp: int) -> int:
+    def _irq_line(self, argp: int, *, line_status: bool) -> int:
         gsi, level = _IRQ_LEVEL.unpack(self._vm.mm.read(argp, 8))
         irqchip = self._vm.irqchip
         if irqchip is None:
             raise Errno(errno.ENXIO)
-        return irqchip.set_irq(_USER_SOURCE, gsi, bool(level))
+        return irqchip.set_irq(_USER_SOURCE, gsi, bool(level), line_status=line_status)
 
     def signal_msi(self, argp: int) -> int:
         """KVM_SIGNAL_MSI: returns how many vCPUs took it; none to take it is EPERM."""

@@ -17,12 +17,12 @@ from sim_backend.kvm.pic import PicPair
 from sim_backend.kvm.routing import GsiRoute, GsiRoutes
 
 if TYPE_CHECKING:
-    from sim_backend.kvm.vcpu import Vcpu
     from sim_backend.kvm.vm import Vm
 
 _BROADCAST: Final = 0xFFFF_FFFF
 _XAPIC_BROADCAST: Final = 0xFF
 _SELF, _ALL_WITH_SELF = 1, 2  # shorthands
+IRQFD_RESAMPLE_SOURCE: Final = 1  # KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID
 
 
 class Irqchip:
@@ -56,11 +56,12 @@ class Irqchip:
         shorthand: int = 0,
         source: LocalApic | None = None,
         redirection_hint: bool = False,
+        taken_by: list[int] | None = None,
     ) -> int:
         """Deliver a message to every local APIC that it names; return how many took it, -1 when none matched.
 
         Lowest-priority delivery, and an MSI with the redirection hint, goes to one of them, chosen by the vector
-        (KVM's `vector_hashing`).
+        (KVM's `vector_hashing`). The ids of the vCPUs whose local APIC took it are appended to `taken_by`.
         """
         to_one = mode == MODE_LOWEST or redirection_hint
         targets: Sequence[LocalApic | None]
@@ -80,7 +81,10 @@ class Irqchip:
                 targets = (enabled[vector % len(enabled)],) if enabled else ()
         for apic in targets:
             if apic is not None:
-                taken = max(taken, 0) + apic.accept(mode, vector, level=level, trigger_level=trigger_level)
+                accepted = apic.accept(mode, vector, level=level, trigger_level=trigger_level)
+                taken = max(taken, 0) + accepted
+                if accepted and taken_by is not None and mode in (MODE_FIXED, MODE_LOWEST):
+                    taken_by.append(apic.vcpu.id)
         return taken
 
     def send_ipi(self, source: LocalApic, icr_low: int, destination: int) -> None:
@@ -98,13 +102,10 @@ class Irqchip:
 
     def send_msi(self, address_lo: int, address_hi: int, data: int, *, level: bool = True) -> int:
         """Deliver an MSI. Raise ``Errno(EINVAL)`` where the 32-bit id format is broken."""
-        destination = address_lo >> 12 & 0xFF
-        if self.vm.x2apic_32bit_ids:
-            if address_hi & 0xFF:
-                raise Errno(errno.EINVAL)
-            destination |= address_hi & 0xFFFF_FF00
+        if self.vm.x2apic_32bit_ids and address_hi & 0xFF:
+            raise Errno(errno.EINVAL)
         return self.deliver(
-            destination,
+            self.msi_destination(address_lo, address_hi),
             logical=bool(address_lo >> 2 & 1),
             mode=data >> 8 & 7,
             vector=data & 0xFF,
@@ -113,30 +114,70 @@ class Irqchip:
             redirection_hint=bool(address_lo >> 3 & 1),
         )
 
-    def eoi_broadcast(self, vcpu: "Vcpu", vector: int) -> None:
-        """Tell the IOAPIC, or user space's, that a level-triggered vector ended."""
-        if self.ioapic is not None:
-            self.ioapic.end_of_interrupt(vector)
-        elif self.routes.split_level_vector(vcpu, vector):
-            vcpu.ioapic_eoi_vector = vector
+    def end_of_interrupt(self, apic: LocalApic, vector: int) -> None:
+        """Tell the IOAPIC, or user space's, that a vector ended (`kvm_ioapic_send_eoi()`).
+
+        The IOAPIC tells who resampled a line even where the guest suppresses the broadcast.
+        """
+        vcpu = apic.vcpu
+        if self.ioapic is None:
+            if not apic.suppresses_eoi_broadcast and self.routes.split_level_vector(self, apic, vector):
+                vcpu.ioapic_eoi_vector = vector
+            return
+        with self.lock:
+            if self.ioapic.handles(vcpu, vector):
+                by_level = bool(apic.tmr >> vector & 1) and not apic.suppresses_eoi_broadcast
+                self.ioapic.end_of_interrupt(vcpu, vector, by_level=by_level)
+
+    # ---- who waits for the end of an interrupt --------------------------------------------------------------
+
+    def wants_acknowledgement(self, chip: int, pin: int) -> bool:
+        """Tell whether a resampling irqfd, or the PIT, waits for the end of the pin's interrupts."""
+        gsi = self.routes.gsi_of(chip, pin)
+        if gsi < 0:
+            return False
+        pit, irqfds = self.vm.pit, self.vm.irqfds
+        return (pit is not None and pit.reinject and gsi == 0) or (irqfds is not None and irqfds.resamples(gsi))
+
+    def acknowledged(self, chip: int, pin: int) -> None:
+        """Lower a resampled line whose interrupt is over, and ask for it again (`kvm_notify_acked_irq()`)."""
+        irqfds = self.vm.irqfds
+        gsi = self.routes.gsi_of(chip, pin)
+        if irqfds is not None and irqfds.resamples(gsi):
+            self.set_irq(IRQFD_RESAMPLE_SOURCE, gsi, False)
+            irqfds.resample(gsi)
+
+    def resample(self, chip: int, pin: int) -> bool:
+        """Ask for a resampled line again; False where nobody resamples it (`kvm_notify_irqfd_resampler()`)."""
+        irqfds = self.vm.irqfds
+        gsi = self.routes.gsi_of(chip, pin)
+        if irqfds is None or not irqfds.resamples(gsi):
+            return False
+        irqfds.resample(gsi)
+        return True
+
+    def msi_destination(self, address_lo: int, address_hi: int) -> int:
+        """Return the APIC id or logical destination that an MSI's address names."""
+        destination = address_lo >> 12 & 0xFF
+        return destination | address_hi & 0xFFFF_FF00 if self.vm.x2apic_32bit_ids else destination
 
     # ---- GSIs -------------------------------------------------------------------------------------------
 
-    def set_irq(self, source: int, gsi: int, level: bool) -> int:
+    def set_irq(self, source: int, gsi: int, level: bool, *, line_status: bool = False) -> int:
         """Raise or lower a GSI on behalf of `source`; return the delivery result of kvm_set_irq()."""
         result = -1
         for route in self.routes.of(gsi):
-            taken = self._fire(route, source, level)
+            taken = self._fire(route, source, level, line_status)
             if taken >= 0:
                 result = taken + max(result, 0)
         return result
 
-    def _fire(self, route: GsiRoute, source: int, level: bool) -> int:
+    def _fire(self, route: GsiRoute, source: int, level: bool, line_status: bool) -> int:
         if route.msi is not None:
             return self.send_msi(*route.msi) if level else -1
         with self.lock:
             if route.chip == 2 and self.ioapic is not None:
-                return self.ioapic.set_irq(route.pin, source, level)
+                return self.ioapic.set_irq(route.pin, source, level, line_status=line_status)
             if self.pic is not None:
                 return self.pic.set_irq(route.pin + (8 if route.chip == 1 else 0), source, level)
         return -1
@@ -176,15 +217,18 @@ class Irqchip:
             if shorthand:
                 meant = shorthand == _ALL_WITH_SELF or (apic is source) == (shorthand == _SELF)
             else:
-                mda = destination
-                if (
-                    not self.vm.x2apic_broadcast_quirk_disabled
-                    and source is None
-                    and destination == _XAPIC_BROADCAST
-                    and apic.x2apic
-                ):
-                    mda = _BROADCAST
-                meant = apic.matches_logical(mda) if logical else apic.matches_physical(mda)
+                meant = self.matches(apic, destination, logical=logical, source=source)
             if meant:
                 found.append(apic)
         return found
+
+    def matches(self, apic: LocalApic, destination: int, *, logical: bool, source: LocalApic | None = None) -> bool:
+        """Tell whether a message to `destination` means `apic`."""
+        if (
+            not self.vm.x2apic_broadcast_quirk_disabled
+            and source is None
+            and destination == _XAPIC_BROADCAST
+            and apic.x2apic
+        ):
+            destination = _BROADCAST
+        return apic.matches_logical(destination) if logical else apic.matches_physical(destination)

@@ -62,7 +62,7 @@ SPIV_DIRECTED_EOI: Final = 1 << 12
 _VERSION: Final = 0x14
 _LVT_WITHOUT_CMCI: Final = 6
 _LVT_WRITABLE: Final = {
-    LVTT: 0x0000_00FF | LVT_MASKED | 3 << 17,
+    LVTT: 0x0000_00FF | LVT_MASKED,
     LVTTHMR: 0x0000_07FF | LVT_MASKED,
     LVTPC: 0x0000_07FF | LVT_MASKED,
     LVT0: 0x0000_A7FF | LVT_MASKED,
@@ -120,6 +120,17 @@ class LocalApic:
         return self.base & (APIC_BASE_X2APIC | APIC_BASE_ENABLE) == APIC_BASE_X2APIC | APIC_BASE_ENABLE
 
     @property
+    def suppresses_eoi_broadcast(self) -> bool:
+        """Tell whether the guest asked for no EOI broadcasts, and is heeded (`kvm_lapic_suppress_eoi_broadcast()`).
+
+        Unless user space chose, an IOAPIC in the kernel heeds it, and user space's hears of every EOI.
+        """
+        if not self.regs[SPIV] & SPIV_DIRECTED_EOI:
+            return False
+        chosen = self.vcpu.vm.suppress_eoi_broadcast
+        return chosen if chosen is not None else not self.vcpu.vm.has_split_irqchip()
+
+    @property
     def xapic_id(self) -> int:
         """The 8-bit physical id of xAPIC mode, which the guest can change."""
         return self.regs[ID] >> 24
@@ -150,13 +161,14 @@ class LocalApic:
         regs[DFR] = _U32
         regs[SPIV] = 0xFF
         self.irr = self.isr = self.tmr = 0
-        self.timer.expires_ns = 0
-        self.timer.tsc_deadline = 0
+        self.timer.reset()
         self._recalculate_map()
 
     def set_version(self) -> None:
         """Fill the version register in: EOI broadcasts can be suppressed where the IOAPIC is user space's."""
-        directed_eoi = self.vcpu.cpuid.has_x2apic and self.vcpu.vm.has_split_irqchip()
+        vm = self.vcpu.vm
+        offered = vm.suppress_eoi_broadcast if vm.suppress_eoi_broadcast is not None else vm.has_split_irqchip()
+        directed_eoi = self.vcpu.cpuid.has_x2apic and offered
         self.regs[LVR] = _VERSION | (self.nr_lvt - 1) << 16 | (1 << 24 if directed_eoi else 0)
 
     def set_cmci(self, offered: bool) -> None:
@@ -238,7 +250,10 @@ class LocalApic:
             self.sipi_pending = True
             vcpu.kick()
             return 1
-        return 1 if mode == MODE_REMRD else 0
+        if mode == MODE_REMRD:
+            vcpu.unhalt_by_message()
+            return 1
+        return 0
 
     def set_irr(self, vector: int) -> None:
         """Make `vector` pending (any thread)."""
@@ -276,8 +291,8 @@ class LocalApic:
         vector = self.isr.bit_length() - 1
         self.isr &= ~(1 << vector)
         irqchip = self.vcpu.vm.irqchip
-        if irqchip is not None and self.tmr >> vector & 1 and not self.regs[SPIV] & SPIV_DIRECTED_EOI:
-            irqchip.eoi_broadcast(self.vcpu, vector)
+        if irqchip is not None:
+            irqchip.end_of_interrupt(self, vector)
         return vector
 
     def deliver_local(self, lvt: int) -> int:
@@ -324,11 +339,12 @@ class LocalApic:
                 return False
             if not self.sw_enabled:
                 value |= LVT_MASKED
-            old_mode = regs[LVTT] >> 17 & 3
-            regs[register] = value & _LVT_WRITABLE[register]
-            if register == LVTT and old_mode != regs[LVTT] >> 17 & 3:
-                self.timer.expires_ns = 0
-                regs[TMICT] = 0
+            if register == LVTT:
+                regs[LVTT] = value & (_LVT_WRITABLE[LVTT] | self.timer.mode_bits)
+                self.timer.update_mode()
+                self.timer.look_again()
+            else:
+                regs[register] = value & _LVT_WRITABLE[register]
         elif register == TASKPRI:
             regs[TASKPRI] = value & 0xFF
         elif register == EOI:
@@ -339,18 +355,18 @@ class LocalApic:
             if not value & SPIV_ENABLED:
                 for lvt in (LVTT, LVTTHMR, LVTPC, LVT0, LVT1, LVTERR):
                     regs[lvt] |= LVT_MASKED
-                self.timer.expires_ns = 0
+                if self.nr_lvt > _LVT_WITHOUT_CMCI:
+                    regs[LVTCMCI] |= LVT_MASKED
+                self.timer.update_mode()
+                self.timer.forget_pending()
         elif register == ICR:
             regs[ICR] = value & ~(1 << 12) & _U32
             self._send_ipi(regs[ICR], regs[ICR2])
         elif register == TMICT:
-            if regs[LVTT] >> 17 & 3 != 2:
-                regs[TMICT] = value
-                self.timer.start()
+            self.timer.write_initial_count(value)
         elif register == TDCR:
             regs[TDCR] = value & 0xB
-            if regs[TMICT]:
-                self.timer.start()
+            self.timer.write_divide()
         elif register == ESR:
             if self.x2apic and value:
                 return False
@@ -424,5 +440,10 @@ class LocalApic:
         for name, base in (("isr", ISR), ("tmr", TMR), ("irr", IRR)):
             setattr(self, name, sum(words[base + index] << (32 * index) for index in range(8)))
         self._recalculate_map()
-        self.timer.start()
+        self.timer.restore(words[TMCCT])
+        self.regs[TMCCT] = 0
+        irqchip = self.vcpu.vm.irqchip
+        if irqchip is not None and irqchip.ioapic is not None:
+            with irqchip.lock:
+                irqchip.ioapic.restore_rtc(self.vcpu)
         return True

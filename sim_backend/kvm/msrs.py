@@ -146,7 +146,7 @@ def get_msr_common(vcpu: "Vcpu", index: int, host_initiated: bool) -> int:
     if index == MSR_IA32_TSC:
         return guest_tsc(vcpu)
     if index == MSR_IA32_TSC_DEADLINE:
-        return vcpu.apic.timer.tsc_deadline if vcpu.apic is not None else 0
+        return vcpu.apic.timer.read_tsc_deadline() if vcpu.apic is not None else 0
     if index in (MSR_IA32_PRED_CMD, MSR_IA32_FLUSH_CMD):
         raise MsrUnknown
     constant = _READABLE.get(index)

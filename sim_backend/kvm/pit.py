@@ -184,7 +184,8 @@ class Pit:
             return
         with irqchip.lock:
             if now_ns >= self.due_ns > 0:
-                self.due_ns = now_ns + self._period_ns if self._period_ns else 0
+                period = self._period_ns
+                self.due_ns += ((now_ns - self.due_ns) // period + 1) * period if period else -self.due_ns
                 irqchip.set_irq(_IRQ_SOURCE_ID, 0, True)
                 irqchip.set_irq(_IRQ_SOURCE_ID, 0, False)
                 self._deliver_nmi_watchdog()

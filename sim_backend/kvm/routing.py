@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from sim_backend.kvm.vcpu import Vcpu
+    from sim_backend.kvm.irqchip import Irqchip
+    from sim_backend.kvm.lapic import LocalApic
 
 KVM_IRQ_ROUTING_IRQCHIP: Final = 1
 KVM_IRQ_ROUTING_MSI: Final = 2
@@ -29,8 +30,11 @@ class GsiRoutes:
 
     def __init__(self, routes: list[GsiRoute]) -> None:
         self._by_gsi: dict[int, list[GsiRoute]] = {}
+        self._gsis: dict[tuple[int, int], int] = {}
         for route in routes:
             self._by_gsi.setdefault(route.gsi, []).append(route)
+            if route.msi is None:
+                self._gsis[route.chip, route.pin] = route.gsi
 
     @classmethod
     def split(cls) -> "GsiRoutes":
@@ -47,13 +51,20 @@ class GsiRoutes:
         """Return the routes of `gsi`."""
         return self._by_gsi.get(gsi, [])
 
-    def split_level_vector(self, vcpu: "Vcpu", vector: int) -> bool:
-        """Tell whether a level-triggered MSI route sends `vector` to `vcpu` (its EOI exits with a split irqchip)."""
-        irqchip = vcpu.vm.irqchip
-        if irqchip is None or vcpu.apic is None:
-            return False
+    def gsi_of(self, chip: int, pin: int) -> int:
+        """Return the GSI that a pin of an in-kernel chip serves, or -1."""
+        return self._gsis.get((chip, pin), -1)
+
+    def split_level_vector(self, irqchip: "Irqchip", apic: "LocalApic", vector: int) -> bool:
+        """Tell whether a level-triggered MSI route of user space's IOAPIC sends `vector` to `apic`.
+
+        Its EOI exits with a split irqchip (`kvm_scan_ioapic_routes()`).
+        """
         for gsi in range(irqchip.reserved_pins):
             for route in self.of(gsi):
-                if route.msi is not None and route.msi[2] >> 15 & 1 and route.msi[2] & 0xFF == vector:
+                if route.msi is None or not route.msi[2] >> 15 & 1 or route.msi[2] & 0xFF != vector:
+                    continue
+                low, high, _data = route.msi
+                if irqchip.matches(apic, irqchip.msi_destination(low, high), logical=bool(low >> 2 & 1)):
                     return True
         return False

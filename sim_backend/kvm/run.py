@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 KVM_EXIT_UNKNOWN: Final = 0
 KVM_EXIT_IO: Final = 2
-KVM_EXIT_HLT: Final = 5
 KVM_EXIT_MMIO: Final = 6
 KVM_EXIT_IRQ_WINDOW_OPEN: Final = 7
 KVM_EXIT_INTR: Final = 10
@@ -61,53 +60,57 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
     def kvm_run(arg: int) -> int:
         if arg:
             raise Errno(errno.EINVAL)
-        with mutex:
-            if vm.dead:
-                raise Errno(errno.EIO)
-            vcpu.thread = get_ident()
-            vcpu.signal_mark = signals = mark()
-            lp = get_lp(vcpu.lp)
-            loaded = False
-            if vcpu.signal_mask is not None:
-                vcpu.run_mask = RunMask(vcpu.signal_mask)
-            try:
-                ops.vcpu_load(vcpu, lp)
-                vcpu.lp = lp
-                loaded = True
-                u16[FLAGS] = 0
-                if vcpu.mp_state == _UNINITIALIZED:
-                    _wait_uninitialized(signals)
-                if u64[KVM_VALID_REGS] or u64[KVM_DIRTY_REGS]:
-                    if (u64[KVM_VALID_REGS] | u64[KVM_DIRTY_REGS]) & ~sync_mask:
+        try:
+            with mutex:
+                if vm.dead:
+                    raise Errno(errno.EIO)
+                vcpu.thread = get_ident()
+                vcpu.signal_mark = signals = mark()
+                lp = get_lp(vcpu.lp)
+                loaded = False
+                if vcpu.signal_mask is not None:
+                    vcpu.run_mask = RunMask(vcpu.signal_mask)
+                try:
+                    ops.vcpu_load(vcpu, lp)
+                    vcpu.lp = lp
+                    loaded = True
+                    u16[FLAGS] = 0
+                    if vcpu.mp_state == _UNINITIALIZED:
+                        _wait_uninitialized(signals)
+                    if u64[KVM_VALID_REGS] or u64[KVM_DIRTY_REGS]:
+                        if (u64[KVM_VALID_REGS] | u64[KVM_DIRTY_REGS]) & ~sync_mask:
+                            raise Errno(errno.EINVAL)
+                        if u64[KVM_DIRTY_REGS]:
+                            load_sync_regs(vcpu)
+                    if vm.irqchip is None and not vcpu.set_cr8(u64[CR8]):
                         raise Errno(errno.EINVAL)
-                    if u64[KVM_DIRTY_REGS]:
-                        load_sync_regs(vcpu)
-                if vm.irqchip is None and not vcpu.set_cr8(u64[CR8]):
-                    raise Errno(errno.EINVAL)
-                complete = vcpu.complete_userspace_io
-                if complete is not None:
-                    vcpu.complete_userspace_io = None
-                    if not complete():
-                        return 0
-                if u8[IMMEDIATE_EXIT]:
-                    raise Errno(errno.EINTR)
-                vcpu_pre_run(vcpu)
-                loop(signals)
-            except UnsupportedInstruction as limit:
-                raise SimLimit(str(limit)) from limit
-            else:
-                return 0
-            finally:
-                post()
-                if vcpu.stats_files:
-                    publish_counters()
-                vcpu.thread = 0
-                if loaded:
-                    ops.vcpu_put(vcpu)
-                put_lp()
-                if vcpu.run_mask is not None:
-                    vcpu.run_mask.restore()
-                    vcpu.run_mask = None
+                    complete = vcpu.complete_userspace_io
+                    if complete is not None:
+                        vcpu.complete_userspace_io = None
+                        if not complete():
+                            return 0
+                    if u8[IMMEDIATE_EXIT]:
+                        raise Errno(errno.EINTR)
+                    vcpu_pre_run(vcpu)
+                    loop(signals)
+                except UnsupportedInstruction as limit:
+                    raise SimLimit(str(limit)) from limit
+                else:
+                    return 0
+                finally:
+                    post()
+                    if vcpu.stats_files:
+                        publish_counters()
+                    vcpu.thread = 0
+                    if loaded:
+                        ops.vcpu_put(vcpu)
+                    put_lp()
+                    if vcpu.run_mask is not None:
+                        vcpu.run_mask.restore()
+                        vcpu.run_mask = None
+        finally:
+            if not vm.users:
+                vm.destroy_when_idle()
 
     def _wait_uninitialized(signals: int) -> None:
         if u8[IMMEDIATE_EXIT]:
@@ -166,7 +169,7 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
                 u8[UNION] = vcpu.ioapic_eoi_vector
                 vcpu.ioapic_eoi_vector = -1
                 return
-            if u8[REQUEST_INTERRUPT_WINDOW] and vm.irqchip is None and vcpu.ready_for_interrupt():
+            if u8[REQUEST_INTERRUPT_WINDOW] and vcpu.wants_interrupt_window() and vcpu.ready_for_interrupt():
                 u32[EXIT_REASON] = KVM_EXIT_IRQ_WINDOW_OPEN
                 return
             if vm.dead:
@@ -194,12 +197,14 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
 
     def expire_timer() -> None:
         now = time.monotonic_ns()
-        if now >= vcpu.timer_due_ns:
+        with vcpu.wakeup:
+            if now < vcpu.timer_due_ns:
+                return
             vcpu.timer_due_ns = 0
-            if vcpu.apic is not None:
-                vcpu.apic.timer.expire(now)
-            if vm.pit is not None:
-                vm.pit.expire(now)
+        if vcpu.apic is not None:
+            vcpu.apic.timer.expire(now)
+        if vm.pit is not None:
+            vm.pit.expire(now)
 
     def count_exit() -> None:
         reason = u32[EXIT_REASON]
@@ -207,8 +212,6 @@ def make_run(vcpu: "Vcpu") -> Callable[[int], int]:
             counters["io_exits"] += 1
         elif reason == KVM_EXIT_MMIO:
             counters["mmio_exits"] += 1
-        elif reason == KVM_EXIT_HLT:
-            counters["halt_exits"] += 1
 
     def publish_counters() -> None:
         for stats in vcpu.stats_files:

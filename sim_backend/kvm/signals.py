@@ -13,17 +13,24 @@ import threading
 from typing import Final
 
 _BYTES: Final = 1 << 16
+_SPARE: Final = 256  # at the end, for signals that come while the memory is emptied [bytes]
 
 
 class SignalWatch:
-    """The process's wakeup descriptor. `mark` says where we are, `since` whether a signal came after that."""
+    """The process's wakeup descriptor. `mark` says where we are, `since` whether a signal came after that.
+
+    A mark counts the bytes of all times. When the memory is full it begins anew, and whoever still holds a mark from
+    before is told of a signal: the byte behind that mark was one.
+    """
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("kvm-signals", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, _BYTES)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_NONBLOCK)
         self._bytes = mmap.mmap(self._fd, _BYTES)
-        self._position = 0
+        self._position = 0  # of all times
+        self._past = 0  # bytes before those in the memory now
+        self._lock = threading.Lock()
         self._previous = -1
         self._installed = False
 
@@ -40,16 +47,20 @@ class SignalWatch:
         """Return the current position, to be given to `since`."""
         if not self._installed:
             self.install()
-        position, received = self._position, self._bytes
+        past, received = self._past, self._bytes
+        position = max(self._position - past, 0)
         while received[position]:
             position += 1
-            if position >= _BYTES - 256:
-                return self._wrap()
-        self._position = position
+            if position >= _BYTES - _SPARE:
+                return self._wrap(past)
+        self._position = position = past + position
         return position
 
     def since(self, mark: int) -> bool:
         """Tell whether a signal with a Python handler arrived after `mark`; pass the bytes on if others wait."""
+        mark -= self._past
+        if mark < 0:
+            return True
         if not self._bytes[mark]:
             return False
         if self._previous >= 0:
@@ -59,11 +70,13 @@ class SignalWatch:
             os.write(self._previous, self._bytes[mark:end])
         return True
 
-    def _wrap(self) -> int:
-        self._bytes[:] = bytes(_BYTES)
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        self._position = 0
-        return 0
+    def _wrap(self, past: int) -> int:
+        with self._lock:
+            if past == self._past:
+                self._bytes[:] = bytes(_BYTES)
+                self._past = past + _BYTES  # from here on the marks from before are old
+                os.lseek(self._fd, 0, os.SEEK_SET)
+            return self._past
 
 
 class RunMask:

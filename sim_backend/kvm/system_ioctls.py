@@ -10,6 +10,7 @@ from sim_backend.kvm.dispatch import CallTable
 from sim_backend.kvm.errors import Errno
 from sim_backend.kvm.files import Files
 from sim_backend.kvm.kvm_run_page import RUN_BYTES
+from sim_backend.kvm.signals import SIGNALS
 from sim_backend.kvm.system_queries import MAX_IO_MSRS, write_cpuid
 from sim_backend.kvm.vm import Vm
 from sim_backend.kvm.vm_ioctls import publish_vm
@@ -70,6 +71,7 @@ class SystemIoctls:
         host = self._host
         if vm_type not in host.vm_types:
             raise Errno(errno.EINVAL)
+        SIGNALS.mark()  # becomes the wakeup descriptor, which the threads that will call KVM_RUN cannot
         vm = Vm(host, vm_type, self._files.mm)
         vm.ops.vm_init()
         with host.lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sim_backend.kvm.cpuid import VcpuCpuid, with_runtime_bits
 from sim_backend.kvm.errors import Errno
-from sim_backend.kvm.kvm_run_page import IMMEDIATE_EXIT, KvmRunPage
+from sim_backend.kvm.kvm_run_page import IMMEDIATE_EXIT, REQUEST_INTERRUPT_WINDOW, KvmRunPage
 from sim_backend.kvm.lapic import TASKPRI
 from sim_backend.kvm.msrs import (
     MSR_KVM_SYSTEM_TIME_NEW,
@@ -186,8 +186,18 @@ class Vcpu:
         """Act on what ended the wait (the end of `vcpu_block`): INIT_RECEIVED is left by a SIPI only."""
         self.accept_apic_events()
         if self.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD):
-            self.mp_state = MpState.RUNNABLE
+            self.set_mp_state(MpState.RUNNABLE)
+
+    def set_mp_state(self, state: int) -> None:
+        """Change the activity state; a vCPU that runs has used its KVM_HC_KICK_CPU up (`kvm_set_mp_state()`)."""
+        self.mp_state = state
+        if state == MpState.RUNNABLE:
             self.pv_unhalted = False
+
+    def unhalt_by_message(self) -> None:
+        """Wake from HLT whatever is pending: KVM_HC_KICK_CPU, or a message of the reserved delivery mode 3."""
+        self.pv_unhalted = True
+        self.kick()
 
     def accepts_init_and_sipi(self) -> bool:
         """Tell whether INIT and SIPI act now (kvm_apic_init_sipi_allowed): never on a protected guest."""
@@ -204,12 +214,12 @@ class Vcpu:
         if apic.init_pending:
             apic.init_pending = False
             reset_vcpu(self, init_event=True)
-            self.mp_state = MpState.RUNNABLE if self.is_bsp else MpState.INIT_RECEIVED
+            self.set_mp_state(MpState.RUNNABLE if self.is_bsp else MpState.INIT_RECEIVED)
         if apic.sipi_pending:
             apic.sipi_pending = False
             if self.mp_state == MpState.INIT_RECEIVED:
                 start_at_sipi_vector(self, apic.sipi_vector)
-                self.mp_state = MpState.RUNNABLE
+                self.set_mp_state(MpState.RUNNABLE)
 
     def free(self) -> None:
         """Release what the vCPU itself holds (at VM destruction)."""
@@ -254,8 +264,9 @@ class Vcpu:
 
     def timer_armed(self, expires_ns: int) -> None:
         """Note a timer's new expiry, 0 for none: the run loop and a halted vCPU look at the earliest."""
-        if expires_ns and (not self.timer_due_ns or expires_ns < self.timer_due_ns):
-            self.timer_due_ns = expires_ns
+        with self.wakeup:  # the PIT's thread is another vCPU's
+            if expires_ns and (not self.timer_due_ns or expires_ns < self.timer_due_ns):
+                self.timer_due_ns = expires_ns
 
     def interrupt_flag(self) -> bool:
         """Return RFLAGS.IF of an unprotected vCPU."""
@@ -266,11 +277,38 @@ class Vcpu:
         cpu, irqchip = self.cpu, self.vm.irqchip
         if irqchip is not None and not irqchip.split:
             return True
-        if cpu is None or self.exception_queued() or self.interrupt >= 0 or self.nmi_injected:
-            return False
-        if self.apic is not None and not self.apic.accepts_extint():
+        if cpu is None or self.exception_queued() or self.nmi_injected or not self.accepts_user_interrupt():
             return False
         return self.interrupts_allowed(cpu)
+
+    def accepts_user_interrupt(self) -> bool:
+        """Tell whether there is a place for KVM_INTERRUPT's vector (`kvm_cpu_accept_dm_intr()`)."""
+        if self.apic is None:
+            return self.interrupt < 0
+        return self.pending_external_vector < 0 and self.apic.accepts_extint()
+
+    def wants_interrupt_window(self) -> bool:
+        """Tell whether user space waits for a moment at which it can inject (`dm_request_for_irq_injection()`)."""
+        irqchip = self.vm.irqchip
+        return (
+            bool(self.run.u8[REQUEST_INTERRUPT_WINDOW])
+            and (irqchip is None or irqchip.split)
+            and self.accepts_user_interrupt()
+        )
+
+    def has_external_interrupt(self) -> bool:
+        """Tell whether the 8259 pair, or user space's, has an interrupt that LINT0 lets through."""
+        apic, irqchip = self.apic, self.vm.irqchip
+        if apic is None or irqchip is None or not apic.accepts_extint():
+            return False
+        return irqchip.pic.has_interrupt() if irqchip.pic is not None else self.pending_external_vector >= 0
+
+    def has_interrupt(self) -> bool:
+        """Tell whether a controller in the kernel has something to deliver (`kvm_cpu_has_interrupt()`)."""
+        apic = self.apic
+        if apic is None:
+            return self.interrupt >= 0
+        return self.has_external_interrupt() or apic.highest_pending() >= 0
 
     def uses_hardware_breakpoints(self) -> bool:
         """Tell whether user space set breakpoints in the debug registers."""
@@ -278,10 +316,17 @@ class Vcpu:
 
     def needs_stepping(self) -> bool:
         """Tell whether the next entry may execute one instruction only."""
-        return self.single_step or self.nmi_masked or bool(self.guest_debug & _GUESTDBG_USE_HW_BP)
+        return (
+            self.single_step
+            or self.nmi_masked
+            or self.interrupt_shadow != 0
+            or bool(self.guest_debug & _GUESTDBG_USE_HW_BP)
+        )
 
     def interrupts_allowed(self, cpu: "Cpu") -> bool:
         """Tell whether IF is set and no STI or MOV SS shadow is left."""
+        if self.interrupt_shadow:
+            return False
         if self.shadow_over:
             return bool(cpu.rflags & _RFLAGS_IF)
         return cpu.can_take_interrupt()

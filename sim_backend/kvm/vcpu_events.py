@@ -91,7 +91,8 @@ class VcpuEventIoctls:
         """KVM_GET_MP_STATE."""
         vcpu = self._vcpu
         vcpu.accept_apic_events()
-        self._mm.write(argp, struct.pack("<I", vcpu.mp_state))
+        kicked = vcpu.pv_unhalted and vcpu.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD)
+        self._mm.write(argp, struct.pack("<I", MpState.RUNNABLE if kicked else vcpu.mp_state))
         return 0
 
     def set_mp_state(self, argp: int) -> int:
@@ -105,11 +106,11 @@ class VcpuEventIoctls:
         if (vcpu.smi_pending or vcpu.in_smm) and state in (MpState.INIT_RECEIVED, MpState.SIPI_RECEIVED):
             raise Errno(errno.EINVAL)
         if state == MpState.SIPI_RECEIVED:
-            vcpu.mp_state = MpState.INIT_RECEIVED
+            vcpu.set_mp_state(MpState.INIT_RECEIVED)
             if vcpu.apic is not None:
                 vcpu.apic.sipi_pending = True
         else:
-            vcpu.mp_state = state
+            vcpu.set_mp_state(state)
         return 0
 
     def set_vapic_addr(self, argp: int) -> int:
@@ -243,6 +244,7 @@ def unpack_events(vcpu: "Vcpu", data: bytes) -> None:
     if flags & VALID_SHADOW:
         one = vm.host.profile.behaves("one_interrupt_shadow")
         vcpu.interrupt_shadow = (3 if int_shadow else 0) if one else int_shadow
+        vcpu.shadow_over = not int_shadow
     vcpu.nmi_injected = bool(nmi_injected)
     if flags & VALID_NMI_PENDING:
         vcpu.nmi_pending, vcpu.nmi_queued = 0, nmi_pending

@@ -374,10 +374,14 @@ def _with_mutex(vcpu: "Vcpu", handler: IoctlHandler) -> IoctlHandler:
     mutex, vm = vcpu.mutex, vcpu.vm
 
     def locked(argp: int) -> int:
-        with mutex:
-            if vm.dead:
-                raise Errno(errno.EIO)
-            return handler(argp)
+        try:
+            with mutex:
+                if vm.dead:
+                    raise Errno(errno.EIO)
+                return handler(argp)
+        finally:
+            if not vm.users:
+                vm.destroy_when_idle()
 
     return locked
 

@@ -43,6 +43,7 @@ class Vm:
         self.dead = False  # every further ioctl is EIO
         self.bugged = False  # KVM_BUG_ON() fired; implies dead
         self.users = 1
+        self._destroyed = False
         self._users_lock: Final = threading.Lock()
         self.call_tables: Final[list[CallTable]] = []  # of every open file of this VM; emptied when it dies
         self.vcpus: list[Vcpu] = []  # in order of creation: the index of a vCPU
@@ -60,6 +61,7 @@ class Vm:
         self.irqchip: Irqchip | None = None
         self.x2apic_32bit_ids = False
         self.x2apic_broadcast_quirk_disabled = False
+        self.suppress_eoi_broadcast: bool | None = None  # as KVM_CAP_X2APIC_API said, None: the historical mixture
         self.apic_bus_cycle_ns = 1  # [ns]
         self.exit_hypercall_mask = 0  # KVM_CAP_EXIT_HYPERCALL: bit = hypercall number
         self.user_space_msr_mask = 0  # KVM_CAP_X86_USER_SPACE_MSR reasons
@@ -96,8 +98,18 @@ class Vm:
         """Give a reference back; the last one destroys the VM (kvm_destroy_vm)."""
         with self._users_lock:
             self.users -= 1
-            if self.users:
+        if not self.users:
+            self.destroy_when_idle()
+
+    def destroy_when_idle(self) -> None:
+        """Destroy the VM, which nobody uses, unless a thread is inside an ioctl of a vCPU: that calls here at its end.
+
+        Such a thread goes on undisturbed; only its descriptor is closed.
+        """
+        with self._users_lock:
+            if self._destroyed or any(vcpu.mutex.locked() for vcpu in self.vcpus):
                 return
+            self._destroyed = True
         self._destroy()
 
     def die(self) -> None:

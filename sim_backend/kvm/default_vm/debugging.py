@@ -43,6 +43,7 @@ class Stepping:
         if not self.guest_traps:
             cpu.rflags &= ~_RFLAGS_TF
         cpu.exception_bitmap = self.saved_bitmap
+        cpu.steps = False
 
 
 def begin_step(vcpu: "Vcpu", cpu: Cpu) -> Stepping:
@@ -56,6 +57,7 @@ def begin_step(vcpu: "Vcpu", cpu: Cpu) -> Stepping:
     vcpu.resume_rip = -1
     if vcpu.nmi_masked:
         step.at_iret = _is_iret(vcpu, cpu)
+    cpu.steps = not step.guest_traps
     cpu.rflags |= _RFLAGS_TF
     cpu.exception_bitmap |= 1 << DB
     return step

@@ -26,7 +26,7 @@ from sim_backend.kvm.default_vm.mmu import MmioFault
 from sim_backend.kvm.default_vm.msr_exits import emulate_rdmsr, emulate_wrmsr
 from sim_backend.kvm.default_vm.port_io import emulate_port_io
 from sim_backend.kvm.errors import Errno
-from sim_backend.kvm.kvm_run_page import EXIT_REASON, UNION_U32, UNION_U64
+from sim_backend.kvm.kvm_run_page import EXIT_REASON, REQUEST_INTERRUPT_WINDOW, UNION_U32, UNION_U64
 from sim_backend.kvm.registers import CR0_PE
 from sim_backend.kvm.vcpu import MpState
 from sim_backend.kvm.vcpu_reset import reset_vcpu
@@ -45,6 +45,7 @@ KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: Final = 4
 
 _TYPE_EXTERNAL: Final = 0 << 8
 _TYPE_NMI: Final = 2 << 8
+_TYPE_SOFTWARE_INTERRUPT: Final = 4 << 8
 _TYPE_SOFTWARE_EXCEPTION: Final = 6 << 8
 _TYPE_MASK: Final = 7 << 8
 _NMI_VECTOR: Final = 2
@@ -52,6 +53,8 @@ _WRITE: Final = 2
 _FETCH: Final = 4
 _EXCEPTION: Final = int(ExitReason.EXCEPTION_OR_NMI)
 _EPT_VIOLATION: Final = int(ExitReason.EPT_VIOLATION)
+_MAY_HAVE_DONE_NOTHING: Final = frozenset({int(ExitReason.EXTERNAL_INTERRUPT), _EPT_VIOLATION})
+_GUESTDBG_BLOCKIRQ: Final = 1 << 20
 _U32: Final = 0xFFFF_FFFF
 _U64: Final = (1 << 64) - 1
 
@@ -66,27 +69,37 @@ def enter_and_exit(ops: "DefaultVmOps", vcpu: "Vcpu") -> bool:
         vcpu.run.u32[EXIT_REASON] = KVM_EXIT_SHUTDOWN
         return False
     vendor, mmu = vcpu.vendor, ops.mmu
-    _inject_pending(vcpu, cpu)
-    stepping = begin_step(vcpu, cpu) if vendor.step or vcpu.needs_stepping() else None
+    more = _inject_pending(vcpu, cpu)
+    stepping = begin_step(vcpu, cpu) if more or vendor.step or vcpu.needs_stepping() else None
     if stepping is not None and stepping.stops_here:
         return debug_exit(vcpu, cpu, 1, stepping.breakpoints)
     vcpu.entries += 1
     vcpu.in_guest = True
     if vcpu.kicked:
         vcpu.in_guest = False
+        if stepping is not None:
+            stepping.end(cpu)
+        take_back_event(vcpu, cpu)
         return True
     if vendor.generation != mmu.generation:
         vendor.generation = mmu.generation
         cpu.invalidate()
     vcpu.has_run = True
     vcpu.saved_state, vcpu.set_rflags, vcpu.shadow_over = None, -1, False
-    resumed_at = cpu.rip if cpu.rflags & RFLAGS_RF else -1
+    began_at = cpu.rip
+    resumed_at = began_at if cpu.rflags & RFLAGS_RF else -1
     try:
         reason = cpu.run().reason
     finally:
         vcpu.in_guest = False
         if stepping is not None:
             stepping.end(cpu)
+    if reason in _MAY_HAVE_DONE_NOTHING:
+        take_back_event(vcpu, cpu)
+        if cpu.rip != began_at:
+            vcpu.interrupt_shadow = 0
+    else:
+        vcpu.interrupt_shadow = 0
     vendor.step = stepping is None and reason == _EPT_VIOLATION and _fetched_ahead(cpu)
     if resumed_at >= 0 and cpu.rip != resumed_at:
         cpu.rflags &= ~RFLAGS_RF  # it lasts for one instruction, which the engine forgets
@@ -101,10 +114,16 @@ def enter_and_exit(ops: "DefaultVmOps", vcpu: "Vcpu") -> bool:
     return go_on
 
 
-def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
-    """Choose what is delivered at this entry: an exception, an NMI or an interrupt (inject_pending_event)."""
+def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> bool:
+    """Choose what is delivered at this entry: an exception, an NMI or an interrupt (kvm_check_and_inject_events).
+
+    Return True where the entry may execute one instruction only, because there is more to deliver.
+    """
+    can_inject = False
     exception = vcpu.exception
-    if exception.pending or exception.injected:
+    if take_back_event(vcpu, cpu):
+        pass
+    elif exception.pending or exception.injected:
         vector = exception.vector
         if not exception.injected and is_fault(vector):
             cpu.rflags |= RFLAGS_RF
@@ -116,32 +135,43 @@ def _inject_pending(vcpu: "Vcpu", cpu: Cpu) -> None:
         if exception.has_error_code:
             information |= ERROR_CODE_VALID
         cpu.inject(information, exception.error_code, 1 if vector in (3, 4) else 0)
-        return
-    if vcpu.nmi_injected or (vcpu.nmi_pending and not vcpu.nmi_masked):
-        if not vcpu.nmi_injected:
+    elif vcpu.nmi_injected:
+        _inject_nmi(vcpu, cpu)
+    elif vcpu.interrupt >= 0:
+        # What was acknowledged already goes in whatever RFLAGS.IF says by now.
+        _inject_interrupt(vcpu, cpu, vcpu.interrupt)
+    else:
+        can_inject = True
+    step = False
+    if vcpu.guest_debug & _GUESTDBG_BLOCKIRQ:
+        return step
+    if vcpu.nmi_pending and not vcpu.nmi_masked:
+        if can_inject and not vcpu.interrupt_shadow:
             vcpu.nmi_pending -= 1
-        vcpu.nmi_injected = False
-        vcpu.nmi_masked = True
-        cpu.inject(VALID | _TYPE_NMI | _NMI_VECTOR)
-        return
-    apic, irqchip = vcpu.apic, vcpu.vm.irqchip
-    if vcpu.interrupt < 0 and not (
-        apic is not None
-        and (apic.irr or vcpu.pending_external_vector >= 0 or (irqchip is not None and not irqchip.split))
-    ):
-        cpu.request_interrupt_window(bool(vcpu.run.u8[0]))
-        return
-    allowed = vcpu.interrupts_allowed(cpu)
-    if vcpu.interrupt < 0 and allowed:
-        vcpu.interrupt = _next_vector(vcpu)
-    if vcpu.interrupt >= 0:
-        if allowed:
-            cpu.inject(VALID | _TYPE_EXTERNAL | vcpu.interrupt)
-            vcpu.interrupt_nr, vcpu.interrupt = vcpu.interrupt, -1
+            _inject_nmi(vcpu, cpu)
+            can_inject = False
         else:
-            cpu.request_interrupt_window(True)
-    elif apic is not None and apic.highest_pending() >= 0:
-        cpu.request_interrupt_window(True)
+            step = True  # the NMI window opens behind what goes in now, or behind the shadow
+    apic, irqchip = vcpu.apic, vcpu.vm.irqchip
+    wanted = bool(vcpu.run.u8[REQUEST_INTERRUPT_WINDOW]) and vcpu.wants_interrupt_window()
+    if apic is not None and (
+        apic.irr or vcpu.pending_external_vector >= 0 or (irqchip is not None and not irqchip.split)
+    ):
+        if can_inject and vcpu.interrupts_allowed(cpu) and (vector := _next_vector(vcpu)) >= 0:
+            _inject_interrupt(vcpu, cpu, vector)
+        wanted = wanted or vcpu.has_interrupt()
+    cpu.request_interrupt_window(wanted and not vcpu.interrupt_shadow)  # the shadow is stepped over
+    return step
+
+
+def _inject_nmi(vcpu: "Vcpu", cpu: Cpu) -> None:
+    vcpu.nmi_injected, vcpu.nmi_masked = False, True
+    cpu.inject(VALID | _TYPE_NMI | _NMI_VECTOR)
+
+
+def _inject_interrupt(vcpu: "Vcpu", cpu: Cpu, vector: int) -> None:
+    cpu.inject(VALID | _TYPE_EXTERNAL | vector)
+    vcpu.interrupt_nr, vcpu.interrupt = vector, -1
 
 
 def _next_vector(vcpu: "Vcpu") -> int:
@@ -149,12 +179,11 @@ def _next_vector(vcpu: "Vcpu") -> int:
     apic, irqchip = vcpu.apic, vcpu.vm.irqchip
     if apic is None or irqchip is None:
         return -1
-    if vcpu.pending_external_vector >= 0:
+    if vcpu.has_external_interrupt():
+        if irqchip.pic is not None:
+            return irqchip.pic.acknowledge()
         vector, vcpu.pending_external_vector = vcpu.pending_external_vector, -1
         return vector
-    if irqchip.pic is not None and irqchip.pic.has_interrupt() and apic.accepts_extint():
-        with irqchip.lock:
-            return irqchip.pic.acknowledge()
     return apic.acknowledge()
 
 
@@ -180,10 +209,11 @@ def _undefined(_ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
     return raise_in_guest(vcpu, cpu, UD)
 
 
-def _hlt(_ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
+def _hlt(ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
     skip_instruction(vcpu, cpu)
+    vcpu.counters["halt_exits"] += 1
     if vcpu.apic is not None:
-        vcpu.mp_state = MpState.HALTED
+        vcpu.set_mp_state(MpState.RUNNABLE if ops.vcpu_has_events(vcpu) else MpState.HALTED)
         return True
     vcpu.run.u32[EXIT_REASON] = KVM_EXIT_HLT
     return False
@@ -253,16 +283,30 @@ def _fault_in_delivery(ops: "DefaultVmOps", vcpu: "Vcpu", cpu: Cpu) -> bool:
     return True
 
 
+def take_back_event(vcpu: "Vcpu", cpu: Cpu) -> bool:
+    """Queue again what the guest was to take and did not, because it was left first (`kvm_x86_cancel_injection`).
+
+    Return True for an event of the instruction itself (INT n): that one stays where it is.
+    """
+    information, error_code, instruction_length = cpu.take_back()
+    if information & _TYPE_MASK >= _TYPE_SOFTWARE_INTERRUPT:
+        cpu.inject(information, error_code, instruction_length)
+        return True
+    if information:
+        _requeue(vcpu, information, error_code)
+    return False
+
+
 def _requeue(vcpu: "Vcpu", information: int, error_code: int) -> None:
     """Keep an event whose delivery was cut short for the next entry (`svm_complete_interrupts`)."""
     kind, vector = information & _TYPE_MASK, information & 0xFF
     if kind == TYPE_HARDWARE_EXCEPTION:
         exception = vcpu.exception
-        exception.injected, exception.vector = True, vector
+        exception.pending, exception.injected, exception.vector = False, True, vector
         exception.has_error_code = bool(information & ERROR_CODE_VALID)
         exception.error_code = error_code if exception.has_error_code else 0
     elif kind == _TYPE_NMI:
-        vcpu.nmi_injected = True
+        vcpu.nmi_injected, vcpu.nmi_masked = True, False
     elif kind == _TYPE_EXTERNAL:
         vcpu.interrupt = vector
 

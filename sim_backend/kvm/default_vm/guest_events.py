@@ -40,4 +40,4 @@ def skip_instruction(vcpu: "Vcpu", cpu: Cpu) -> None:
     """Advance RIP over the instruction that exited; an interrupt shadow ends with it."""
     rip = cpu.rip + cpu.exit.instruction_length
     cpu.rip = rip if cpu.in_64bit_mode() else rip & _U32
-    vcpu.shadow_over = True
+    vcpu.shadow_over, vcpu.interrupt_shadow = True, 0

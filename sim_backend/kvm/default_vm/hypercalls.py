@@ -99,8 +99,7 @@ def _in_kernel(vcpu: "Vcpu", number: int, args: list[int], bits: int) -> int:
     if number == KVM_HC_KICK_CPU and guest_pv_has(vcpu, KVM_FEATURE_PV_UNHALT):
         for other in vcpu.vm.vcpus:
             if other.id == args[1] & _U32 and other.apic is not None:
-                other.pv_unhalted = True
-                other.kick()
+                other.unhalt_by_message()
         return 0
     if number == KVM_HC_SEND_IPI and guest_pv_has(vcpu, KVM_FEATURE_PV_SEND_IPI):
         return _send_ipi(vcpu, args, bits)

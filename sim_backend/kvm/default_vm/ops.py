@@ -179,20 +179,14 @@ class DefaultVmOps:
 
     def vcpu_has_events(self, vcpu: "Vcpu") -> bool:
         """Tell whether a halted vCPU should wake."""
-        if vcpu.nmi_queued or (vcpu.nmi_pending and not vcpu.nmi_masked):
+        if vcpu.nmi_queued or (vcpu.nmi_pending and not vcpu.nmi_masked and not vcpu.interrupt_shadow):
             return True
-        if vcpu.exception_queued() or vcpu.smi_pending or vcpu.pv_unhalted:
+        if vcpu.exception.pending or vcpu.smi_pending or vcpu.pv_unhalted:
             return True
-        apic = vcpu.apic
-        if apic is None:
-            return vcpu.interrupt >= 0
-        if (apic.init_pending or apic.sipi_pending) and vcpu.accepts_init_and_sipi():
+        apic, cpu = vcpu.apic, vcpu.cpu
+        if apic is not None and (apic.init_pending or apic.sipi_pending) and vcpu.accepts_init_and_sipi():
             return True
-        if apic.highest_pending() >= 0 or vcpu.pending_external_vector >= 0:
-            return vcpu.interrupt_flag()
-        irqchip = self.vm.irqchip
-        pic = irqchip.pic if irqchip is not None else None
-        return pic is not None and pic.has_interrupt() and apic.accepts_extint() and vcpu.interrupt_flag()
+        return cpu is not None and vcpu.interrupts_allowed(cpu) and vcpu.has_interrupt()
 
     def inject_nmi(self, vcpu: "Vcpu") -> None:
         """Nothing here: the entry injects it."""

@@ -47,7 +47,7 @@ def has_events(ops: "TdxOps", vcpu: "Vcpu") -> bool:
     if vcpu.nmi_queued or vcpu.nmi_pending or vcpu.pv_unhalted:
         return True
     vendor = vcpu.vendor
-    if vendor.halt_interrupts_blocked and not ops.host.is_v17:
+    if vendor.halt_interrupts_blocked and vendor.last_exit == EXIT_REASON_HLT and not ops.host.is_v17:
         return False
     if vcpu.pending_external_vector >= 0 and vcpu.apic is not None and vcpu.apic.accepts_extint():
         return True

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from sim_backend.kvm.errors import Errno
@@ -252,18 +252,20 @@ class TdxOps:
         The shared table is looked at in either case: a guest_memfd that can be mapped backs shared pages too.
         """
         del shared
-        td = self.td
-        with td.mmu_lock:
+        td, mirror = self.td, self.td.mirror if private else None
+        with ExitStack() as held:
+            # The processor first: vCPUs that fault are on theirs when they wait for the lock.
+            lp = held.enter_context(self.on_lp()) if mirror is not None else -1
+            held.enter_context(td.mmu_lock)
             if td.shared is not None and td.shared.unmap(start, end):
                 self._flush_shared()
-            if private and td.mirror is not None:
-                with self.on_lp() as lp:
-                    for gfn in [gfn for gfn in td.premapped if start <= gfn < end]:
-                        # 6.16 finds out that the module never got the page by its refusal to block it.
-                        self.host.seamcalls.mem_range_block(lp, td.tdr, gfn << 12)
-                        td.premapped.discard(gfn)
-                    for gfn in td.mirror.mapped_gfns(start, end):
-                        remove_page(self, lp, gfn)
+            if mirror is not None:
+                for gfn in [gfn for gfn in td.premapped if start <= gfn < end]:
+                    # 6.16 finds out that the module never got the page by its refusal to block it.
+                    self.host.seamcalls.mem_range_block(lp, td.tdr, gfn << 12)
+                    td.premapped.discard(gfn)
+                for gfn in mirror.mapped_gfns(start, end):
+                    remove_page(self, lp, gfn)
 
     def _flush_shared(self) -> None:
         """Make every vCPU forget its translations of the shared tables before it enters the TD again."""

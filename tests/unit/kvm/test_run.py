@@ -201,7 +201,8 @@ def test_the_apic_timer_wakes_a_halted_vcpu(kernel: SimKernel) -> None:
         small.memory[4 * 0x50] = b"\x00\x12\x00\x00"
         small.memory[0x1200] = IRET
         state = small.vcpu.get_lapic()
-        registers = {0xF0: 0x1FF, 0x320: 0x50, 0x3E0: 0xB, 0x380: 20_000_000}  # one shot, 20 ms at 1 ns
+        # One shot, 20 ms at 1 ns; KVM_SET_LAPIC goes on from the current count.
+        registers = {0xF0: 0x1FF, 0x320: 0x50, 0x3E0: 0xB, 0x380: 20_000_000, 0x390: 20_000_000}
         for offset, value in registers.items():
             state.regs[offset : offset + 4] = value.to_bytes(4, "little")
         small.vcpu.set_lapic(state)

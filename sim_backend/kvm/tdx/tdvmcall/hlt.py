@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 def tdvmcall_hlt(ops: "TdxOps", vcpu: "Vcpu", regs: list[int]) -> bool:
     """Halt the vCPU unless an event is pending; R12 ≠ 0: interrupts are blocked (`kvm_emulate_halt_noskip()`)."""
     vcpu.vendor.halt_interrupts_blocked = bool(regs[R12])
-    if has_events(ops, vcpu):
-        vcpu.pv_unhalted = False
-    else:
-        vcpu.mp_state = MpState.HALTED
+    vcpu.counters["halt_exits"] += 1
+    vcpu.set_mp_state(MpState.RUNNABLE if has_events(ops, vcpu) else MpState.HALTED)
     return True

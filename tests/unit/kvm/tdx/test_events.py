@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from sim_backend.machine import Machine
 from tests.unit.kvm.tdx.guest_code import EVENT_COUNT, R10, R11, RBX, Program
 from tests.unit.kvm.tdx.vmm import TestTd
 from uapi_ctypes.errors import KvmError
@@ -94,6 +95,19 @@ def test_with_interrupts_blocked_only_an_nmi_wakes(td: TestTd) -> None:
     assert td.vcpu.get_mp_state() == HALTED
     td.vcpu.nmi()
     assert td.run_to_end() == [0, 1]
+
+
+def test_only_a_halt_of_its_own_blocks_interrupts(td: TestTd, machine: Machine) -> None:
+    td.build(halting(blocked=True))
+    assert td.run() == KvmExit.KVM_EXIT_IO
+    run_for(td.vcpu, 0.05)
+    td.vcpu.nmi()
+    assert td.run() == KvmExit.KVM_EXIT_IO
+    td.vcpu.set_mp_state(HALTED)  # by user space, behind an exit that was no HLT
+    vcpu = machine.host.vms[-1].vcpus[0]
+    assert not vcpu.has_work()
+    td.vm.signal_msi(MSI_BASE, 0x41)
+    assert vcpu.has_work()
 
 
 def test_an_enabled_interrupt_is_delivered_through_the_guests_idt(td: TestTd) -> None:
