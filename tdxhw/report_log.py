@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tdxhw import __version__
+from tdxhw.lab import kernel_marks
 from tdxhw.results import RunRecord
 
 
@@ -20,6 +21,7 @@ class ReportLog:
     def __init__(self, path: Path, record: RunRecord) -> None:
         self._file = path.open("w", encoding="utf-8", buffering=1)
         self._record = record
+        self._begin = kernel_marks.mark if kernel_marks.are_asked_for() else lambda _nodeid: time.time()
 
     def _write(self, line: dict[str, object]) -> None:
         self._file.write(json.dumps(line, default=str) + "\n")
@@ -41,7 +43,7 @@ class ReportLog:
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Write that a test begins. It may take the machine down, its set-up too: then this says which one it was."""
         if self._record.backend != "sim":
-            self._write({"$report_type": "TestStart", "nodeid": nodeid, "start": time.time()})
+            self._write({"$report_type": "TestStart", "nodeid": nodeid, "start": self._begin(nodeid)})
             os.fsync(self._file.fileno())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

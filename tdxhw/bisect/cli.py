@@ -102,7 +102,7 @@ def _check_validation(arguments: Sequence[str], baseline: Path, lab: str) -> Non
     if wishes["recover"] or wishes["kernel"]:
         raise BisectError("-- takes options for a validation; --kernel belongs before it, and --recover is none")
     suites = wishes["suites"]
-    check_wishes(suites, wishes["promises"], wishes["parameters"], wishes["command_line"])
+    check_wishes(suites, wishes["keyword"], wishes["promises"], wishes["parameters"], wishes["command_line"])
     read_baseline(baseline, suites, lab)
 
 

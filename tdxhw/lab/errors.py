@@ -27,6 +27,10 @@ class LeaseHeld(HarnessError):  # noqa: N818
     """Somebody else has the host."""
 
 
+class LeaseLost(LeaseHeld):
+    """A host that was ours is not any more: nothing is to be done to it."""
+
+
 class RemoteFailed(HarnessError):  # noqa: N818
     """A command that has to work failed on a host."""
 

@@ -19,6 +19,7 @@ from tdxhw.lab import archive
 from tdxhw.lab.host_run import HostRun, Wish
 from tdxhw.lab.hosts import DEFAULT_FOLDER, Host
 from tdxhw.lab.inventory import load
+from tdxhw.lab.selection import check_selection
 from tdxhw.report.errors import ReportError
 from tdxhw.report.read import read_all
 from tdxhw.report.results import Results, Status, merge
@@ -141,6 +142,7 @@ def run_on_lab(
     labs: Path | None = None,
 ) -> FleetRun:
     """Run on every host that `expression` means, at the same time. Ctrl-C ends all of them and keeps their results."""
+    check_selection(wish.suites, wish.keyword)
     labs = labs or labs_folder()
     hosts = load(labs).select(expression)
     wishes = _wishes(expression, hosts, wish)

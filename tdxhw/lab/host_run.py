@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from tdxhw.errors import HarnessError
-from tdxhw.lab import own_suites
+from tdxhw.lab import kernel_marks, own_suites
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import TIME_LIMIT, Session
 from tdxhw.lab.deploy import Deployed, deploy
-from tdxhw.lab.errors import ConnectionLost, LabUnreachable, RemoteFailed
+from tdxhw.lab.errors import ConnectionLost, LabUnreachable, LeaseLost, RemoteFailed
 from tdxhw.lab.hosts import Host
 from tdxhw.lab.labgrid_place import LabgridPlace
 from tdxhw.lab.lease import Lease
@@ -30,6 +30,7 @@ from tdxhw.report.results import Result, Status
 
 RECONNECT_S: Final = 300.0  # a server's firmware takes its time to boot [s]
 _RECONNECT_EVERY_S: Final = 3.0
+_LOOK_S: Final = 1.0  # how often is looked whether the host is still ours
 _BOOT_ID: Final = "cat /proc/sys/kernel/random/boot_id"
 _LAST_WORDS: Final = (  # of the kernel that went down, where the host keeps them
     "cat /sys/fs/pstore/dmesg-* 2>/dev/null | tail -n 40 || :; "
@@ -82,6 +83,7 @@ class HostRun:
     on_note: Callable[[str], None] = lambda _note: None
     stop: threading.Event = field(default_factory=threading.Event)
     held: Lease | LabgridPlace | None = None  # a lease of the caller's, who gives the host back
+    marks: bool = False  # of each test, in the kernel log there
     after_reboot: Callable[[Session], Session] | None = None
     """What has to happen before the run goes on after a reboot; returns the connection to go on with."""
     rescue: Callable[[float], Rescue] = lambda _waited_s: Rescue.NOTHING
@@ -166,7 +168,7 @@ class HostRun:
                     folder = f"{deployed.cache}/runs/{self.run_id}"
                     log, seen = f"{folder}/report-{attempt}.jsonl", _Bytes()
                     argv = self._argv(session, deployed, folder, log)
-                    self._follow(session, argv, log, seen, deadline)
+                    self._follow(session, lease, argv, log, seen, deadline)
                     break
                 except ConnectionLost as error:
                     if attempt == _RUNS - 1 or self.stop.is_set():
@@ -181,7 +183,8 @@ class HostRun:
     def _argv(self, session: Session, deployed: Deployed, folder: str, log: str) -> Sequence[str]:
         session.check(f"mkdir -p {shlex.quote(folder)}")
         promises = dict.fromkeys([*self.host.promises, *self.wish.promises])
-        argv = [*deployed.command, "run", "--on", "local", "--report-log", log]
+        marked = ["env", f"{kernel_marks.ASKED_FOR}=1"] if self.marks else []
+        argv = [*marked, *deployed.command, "run", "--on", "local", "--report-log", log]
         argv += ["--time-limit", str(min(self.wish.time_limit_s, self.host.limits.test_timeout_s))]
         argv += [word for promise in promises for word in ("--promise", promise)]
         if self.wish.keyword:
@@ -192,16 +195,27 @@ class HostRun:
             argv += ["--done", done]
         return [*argv, *own_suites.send(session, self.wish.suites, f"{folder}/suites")]
 
-    def _follow(self, session: Session, argv: Sequence[str], log: str, seen: "_Bytes", deadline: float) -> None:
+    def _follow(
+        self,
+        session: Session,
+        lease: Lease | LabgridPlace,
+        argv: Sequence[str],
+        log: str,
+        seen: "_Bytes",
+        deadline: float,
+    ) -> None:
         console: list[str] = []
+        watch = _Watch(lease, session)
         self.exit_code = session.supervise(
             argv,
             limit_s=max(1.0, deadline - time.monotonic()),
             follow=log,
             on_line=lambda line: self._take(line, seen),
             on_console=console.append,
-            stop=self.stop.is_set,
+            stop=lambda: self.stop.is_set() or watch.is_lost(),
         )
+        if watch.lost is not None:
+            raise watch.lost
         if self.stop.is_set():
             self.problem = f"{self.host.name}: interrupted"
         elif self.exit_code == TIME_LIMIT:
@@ -327,3 +341,25 @@ class _Bytes:
     """How much of a file has arrived."""
 
     count: int = 0
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Looks now and then whether the host is still ours, while something runs there."""
+
+    lease: Lease | LabgridPlace
+    session: Session
+    lost: LeaseLost | None = None
+    _looked: float = field(default_factory=time.monotonic)
+
+    def is_lost(self) -> bool:
+        """Whether it is somebody else's."""
+        if self.lost is None and time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            try:
+                self.lease.check(self.session)
+            except LeaseLost as error:
+                self.lost = error
+            except (LabUnreachable, RemoteFailed):
+                return False  # what runs there notices, too, that the connection is lost
+        return self.lost is not None

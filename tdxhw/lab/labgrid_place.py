@@ -9,13 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from tdxhw.lab.connection import Session
-from tdxhw.lab.errors import LabUnreachable, LeaseHeld, RemoteFailed
+from tdxhw.lab.errors import LabUnreachable, LeaseHeld, LeaseLost, RemoteFailed
 from tdxhw.lab.hosts import Host
+from tdxhw.lab.lease import RENEW_S
 
 _TIMEOUT_S: Final = 30
 _ACQUIRED: Final = re.compile(r"^\s+acquired: (\S+)$", re.MULTILINE)
@@ -33,6 +36,9 @@ class LabgridPlace:
         self._place = str(host.lease.options["place"])
         self._coordinator = str(host.lease.options.get("coordinator", ""))
         self._owner = ""
+        self._lost = ""
+        self._done = threading.Event()
+        self._keeper: threading.Thread | None = None
 
     def take(self) -> None:
         """Acquire the place, or raise ``LeaseHeld`` that says who has it."""
@@ -44,16 +50,35 @@ class LabgridPlace:
             raise self._failed(done)
         self._owner = self.holder()
 
-    def move_to(self, session: Session) -> None:  # noqa: ARG002 (a place knows no connection)
-        """Go on over another connection. ``LeaseHeld`` if somebody kicked us out meanwhile."""
+    def move_to(self, session: Session) -> None:
+        """Go on over another connection. ``LeaseLost`` if somebody kicked us out meanwhile."""
+        with suppress(LabUnreachable, RemoteFailed):  # a coordinator that does not answer gives it to nobody else
+            self._see_who_has_it()
+        self.check(session)
+
+    def check(self, session: Session | None) -> None:  # noqa: ARG002 (a place knows no connection)
+        """Raise ``LeaseLost`` if somebody kicked us out, as far as is known."""
+        if self._lost:
+            raise LeaseLost(self._lost)
+
+    def _see_who_has_it(self) -> None:
         holder = self.holder()
-        if not self._owner or holder != self._owner:
-            self._owner = ""
-            by = holder or "nobody"
-            raise LeaseHeld(f"{self._host.name}: its labgrid place {self._place} was taken away by {by}")
+        if self._done.is_set() or (self._owner and holder == self._owner):
+            return
+        self._owner = ""
+        self._lost = (
+            f"{self._host.name}: its labgrid place {self._place} was taken away by {holder or 'nobody'}: it is not "
+            "ours any more, so nothing more is done to it"
+        )
+
+    def _keep(self) -> None:
+        while not self._lost and not self._done.wait(RENEW_S):
+            with suppress(LabUnreachable, RemoteFailed):
+                self._see_who_has_it()
 
     def release(self) -> None:
         """Release the place if we have it; somebody else's stays."""
+        self._done.set()
         if self._owner:
             self._owner = ""
             self._client("release")
@@ -67,8 +92,10 @@ class LabgridPlace:
         return found[1] if found and found[1] != "None" else ""
 
     def __enter__(self) -> Self:
-        """Acquire it."""
+        """Acquire it, and look now and then whether it is still ours."""
         self.take()
+        self._keeper = threading.Thread(target=self._keep, name=f"place of {self._host.name}", daemon=True)
+        self._keeper.start()
         return self
 
     def __exit__(

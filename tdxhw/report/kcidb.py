@@ -33,7 +33,7 @@ class Submission:
 
     origin: str = "tdxhw"
     checkout_id: str | None = None  # of another submission, "origin:..."; made up from the kernel release if None
-    build_id: str | None = None  # of another submission; one per kernel release if None
+    build_id: str | None = None  # of another submission; one per kernel release and GNU build id if None
     git_commit: str | None = None  # 40 hexadecimal digits, for a checkout of our own
 
 
@@ -101,7 +101,9 @@ def document(results: Results, submission: Submission | None = None) -> dict[str
         if build_id is None:
             kind = "simulated" if result.is_simulated else "running"
             checkout_id = submission.checkout_id or f"{origin}:{_hash('checkout', kind, kernel)}"
-            build_id = f"{origin}:{_hash('build', checkout_id, kernel)}"
+            # A release may be built, and validated, many times. A kernel that was linked without is "unknown".
+            linked = result.provenance.get("build_id", "unknown").removeprefix("unknown")
+            build_id = f"{origin}:{_hash('build', checkout_id, kernel, *[linked] * bool(linked))}"
             if submission.checkout_id is None:
                 checkouts[checkout_id] = _checkout(checkout_id, f"{kind} kernel {kernel}", submission)
             builds[build_id] = {
@@ -109,9 +111,11 @@ def document(results: Results, submission: Submission | None = None) -> dict[str
                 "checkout_id": checkout_id,
                 "origin": origin,
                 "architecture": "x86_64",
-                "comment": printable(f"{kind} kernel {kernel}"),
+                "comment": printable(f"{kind} kernel {kernel}" + f", build id {linked}" * bool(linked)),
                 "status": "PASS",  # it booted, or we would not be here
             }
+            if linked:
+                builds[build_id]["misc"] = {"build_id": printable(linked)}
         tests.append(_test(result, number, origin, build_id))
     parts = {"checkouts": list(checkouts.values()), "builds": list(builds.values()), "tests": tests}
     made = {"version": dict(VERSION)} | {name: part for name, part in parts.items() if part}

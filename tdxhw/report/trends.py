@@ -246,8 +246,9 @@ def _seconds(value: float) -> str:
 
 
 def _round_up(value: float) -> float:
-    """Return the next 1, 2, 4 or 5 times a power of ten, whose quarters are short numbers."""
+    """Return the next 1, 2, 4 or 5 times a power of ten, whose quarters are short numbers; a millisecond at least."""
     if value <= 0:
         return 1.0
+    value = max(value, 0.001)
     power: float = 10.0 ** floor(log10(value))
     return next(step * power for step in (1, 2, 4, 5, 10) if value <= step * power * 1.000001)

@@ -8,6 +8,7 @@ from typing import Final
 
 from tdxhw.lab.console.findings import scan
 from tdxhw.lab.console.lines import ConsoleLine
+from tdxhw.lab.kernel_command_line import halves
 from tdxhw.validate import grub_menu, matrix
 from tdxhw.validate.candidate import Candidate
 from tdxhw.validate.course import Course
@@ -95,7 +96,7 @@ class Trial:
 
     def _arm(self, parameters: dict[str, str]) -> Boot:
         arguments = [self.target.rescue_arguments(self.panic_s), matrix.words(parameters), self.command_line]
-        append = " ".join([*filter(None, arguments), self.token])
+        append = " ".join([self.token, *filter(None, arguments)])  # the user's may end with some for init
         menu = self.target.custom_menu(self.kernel, self.initrd, append)
         folder = self.target.grub_folder
         self.machine.change("write", path=f"{folder}/custom.cfg", text=menu)
@@ -106,7 +107,8 @@ class Trial:
 
     def _see_the_parameters(self, parameters: dict[str, str], boot: Boot) -> None:
         """See that it was booted with them. What the modules made of them is for `not_as_asked`."""
-        missing = set(matrix.words(parameters).split()) - set(boot.cmdline.split())
+        for_kernel, _ = halves(boot.cmdline)
+        missing = set(matrix.words(parameters).split()) - set(for_kernel)
         if missing:
             raise WrongKernel(f"{self.machine.name}: booted without {' '.join(sorted(missing))}: {boot.cmdline!r}")
 

@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ NO_MODULES: Final = "none"
 
 _DEB: Final = b"!<arch>\n"
 _MACHINE: Final = "amd64"
+_RELEASE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~:@=,%-]{0,63}")
+"""It becomes part of paths, of a boot loader's configuration and of commands that root runs."""
 
 
 class CandidateError(HarnessError):
@@ -47,7 +50,14 @@ class Candidate:
     modules_below: str = ""  # where in the archive: "lib/modules/RELEASE"
     installed_bytes: int = 0  # [bytes] roughly what it takes on the host
     image_bytes: int = 0  # [bytes] of the kernel image alone
+    upload_bytes: int = 0  # [bytes] of the files that are sent
     is_signed: bool = False  # for Secure Boot; by whom is for the firmware to judge
+    reads_initrd: bool = True  # CONFIG_BLK_DEV_INITRD; without it packages' scripts make no initial RAM disk
+
+    @property
+    def gets_initrd(self) -> bool:
+        """Whether it has to have an initial RAM disk where the host's own kernel has one."""
+        return self.reads_initrd and (bool(self.packages) or self.modules is not None)
 
 
 def read_candidate(kernel: Sequence[Path], modules: str = "") -> Candidate:
@@ -92,14 +102,27 @@ def _from_image(path: Path, modules: str) -> Candidate:
         archive = Path(modules)
         below, unpacked = _modules_in(archive, image.release)
     return Candidate(
-        image.release, image.build_id, path, (), archive, below, len(data) + unpacked, len(data), _is_signed(data)
+        image.release, image.build_id, path, (), archive, below, len(data) + unpacked, len(data),
+        len(data) + (archive.stat().st_size if archive is not None else 0), _is_signed(data),
+        _reads_initrd(image.config),
     )  # fmt: skip
 
 
 def _bootable(data: bytes, name: str) -> KernelImage:
     if not is_bzimage(data) and data[:4] == b"\x7fELF":
         raise CandidateError(f"{name}: no boot loader starts a vmlinux: give arch/x86/boot/bzImage")
-    return parse_image(data, name)
+    image = parse_image(data, name)
+    if not _RELEASE.fullmatch(image.release):
+        raise CandidateError(
+            f"{name}: is called {image.release!r}, which is no name for a file on every host: letters, digits and "
+            "._+~:@=,%- are; build it with another LOCALVERSION"
+        )
+    return image
+
+
+def _reads_initrd(configuration: str) -> bool:
+    """Whether a kernel of this configuration reads an initial RAM disk; most do, and where it is not known, too."""
+    return not configuration or "\nCONFIG_BLK_DEV_INITRD=y\n" in f"\n{configuration}\n"
 
 
 def _is_signed(data: bytes) -> bool:
@@ -151,7 +174,7 @@ def _see_its_end(tar: tarfile.TarFile) -> None:
 
 
 def _from_packages(paths: Sequence[Path]) -> Candidate:
-    packages, images, modules, size = [], {}, set(), 0
+    packages, images, modules, size, configuration = [], {}, set(), 0, ""
     for path in paths:
         with _opened(path) as (control, members):
             missing = [field for field in ("Package", "Version", "Architecture") if field not in control]
@@ -166,6 +189,8 @@ def _from_packages(paths: Sequence[Path]) -> Candidate:
                 parts = PurePosixPath(member.name.lstrip("./")).parts
                 if _is_image(parts) and stream is not None:
                     images["/".join(parts)] = stream.read()
+                elif parts[:1] == ("boot",) and parts[-1].startswith("config-") and stream is not None:
+                    configuration = stream.read().decode("utf-8", "replace")
                 elif "modules" in parts[:-1] and "kernel" in parts:
                     modules.add(parts[parts.index("modules") + 1])
     if not images:
@@ -177,11 +202,14 @@ def _from_packages(paths: Sequence[Path]) -> Candidate:
         raise CandidateError(f"more than one kernel: {', '.join(sorted(images))}")
     ((name, data),) = images.items()
     image = _bootable(data, name)
+    if name.startswith("boot/") and name != f"boot/vmlinuz-{image.release}":
+        raise CandidateError(f"{name} says that it is {image.release}: the package was not built from this image")
     if modules and image.release not in modules:
         raise CandidateError(f"{name} is {image.release}, and the modules are of {', '.join(sorted(modules))}")
     return Candidate(
         image.release, image.build_id, None, tuple(packages), installed_bytes=size, image_bytes=len(data),
-        is_signed=_is_signed(data),
+        upload_bytes=sum(path.stat().st_size for path in paths), is_signed=_is_signed(data),
+        reads_initrd=_reads_initrd(image.config or configuration),
     )  # fmt: skip
 
 

@@ -119,11 +119,10 @@ def validate(
             return INCONCLUSIVE if problems else 0
         if not kernel or baseline is None:
             raise HarnessError("--kernel and --baseline say what to validate, and against what")
-        words = check_wishes(suites, promises, parameters, command_line)
+        words = check_wishes(suites, keyword, promises, parameters, command_line)
         candidate = read_candidate(kernel, modules)
         base = read_baseline(baseline, suites, name)
-        out = out or Path(f"validate-{name}-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
-        _make(out)
+        out = _made(out) if out is not None else _new_folder(name)
         token = secrets.token_hex(6)
         plan = Plan(name, candidate, base, words, out, token, boot_limit, retries, command_line=command_line,
                     narrowed=bool(keyword))  # fmt: skip
@@ -171,24 +170,41 @@ def echo(text: str = "", *, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _make(out: Path) -> None:
+def _made(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HarnessError(f"{out}: {error.strerror}") from error
     if any(out.iterdir()):
         raise HarnessError(f"{out}: is not empty: --out names a new folder, so that nothing is overwritten")
+    return out
+
+
+def _new_folder(host: str) -> Path:
+    """Make a folder of our own, also if another validation of this host begins in the same second."""
+    name = f"validate-{host}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    number = 1
+    while True:
+        out = Path(f"{name}-{number}" if number > 1 else name)
+        try:
+            out.mkdir()
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise HarnessError(f"{out}: {error.strerror}") from error
+        else:
+            return out
 
 
 def check_wishes(
-    suites: Sequence[str], promises: Sequence[str], parameters: Sequence[str], command_line: str
+    suites: Sequence[str], keyword: str, promises: Sequence[str], parameters: Sequence[str], command_line: str
 ) -> list[dict[str, str]]:
     """Refuse what there is not, and what no boot loader could pass on; return the matrix of parameters."""
     from tdxhw.capabilities import parse_capability
-    from tdxhw.runner import resolve
+    from tdxhw.lab.selection import check_selection
     from tdxhw.validate import matrix
 
-    resolve(suites)
+    check_selection(suites, keyword)
     for promise in promises:
         parse_capability(promise)
     # What means something to GRUB's shell would end in its configuration.

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from tdxhw.errors import HarnessError
+from tdxhw.lab.kernel_command_line import SEPARATOR, halves_for_grub
 
 CANDIDATE: Final = "tdxhw-validate"
 """The id of the entry that boots the kernel on trial."""
@@ -51,7 +52,8 @@ class Entry:
     @property
     def arguments(self) -> str:
         """The kernel's command line."""
-        return " ".join(self._command(_LINUX)[2:])
+        lines = (line.removeprefix("if ").removesuffix("; then").split(maxsplit=2) for line in self.body)
+        return next((words[2] for words in lines if len(words) > 2 and words[0] in _LINUX), "")
 
     @property
     def initrds(self) -> tuple[str, ...]:
@@ -205,13 +207,17 @@ def _walk(entries: Sequence[Entry], above: tuple[str, ...]) -> Iterator[tuple[tu
 def candidate_entry(base: Entry, kernel: str, initrd: str, append: str, root: str = "") -> str:
     """Return the text of an entry that boots `kernel` the way `base` boots its own, with `append` on the command line.
 
+    What is for the kernel in `append` goes before a ``--`` of `base`: behind it, it would be for init, and do nothing.
     Without `initrd` it loads none, and `root` takes the place of a root that only one would find (by UUID or label).
     What GRUB cannot load (it is broken, or not signed) it would answer with a menu that waits for somebody for ever:
     then it boots `base`. It is not saved as the default, whatever `base` does.
     """
-    arguments = base.arguments
+    for_kernel, for_init = halves_for_grub(base.arguments)
     if not initrd and root:
-        arguments = " ".join(root if _NEEDS_INITRD.match(word) else word for word in arguments.split())
+        for_kernel = [root if _NEEDS_INITRD.match(word) else word for word in for_kernel]
+    more_for_kernel, more_for_init = halves_for_grub(append)
+    for_init += more_for_init
+    arguments = " ".join([*for_kernel, *more_for_kernel, *([SEPARATOR, *for_init] if for_init else [])])
     folder = str(PurePosixPath(base.kernel).parent).rstrip("/")
     early = [file for file in base.initrds if not PurePosixPath(file).name.startswith("init")]
     own = [line for line in base.body if line.split(maxsplit=1)[:1] and line.split(maxsplit=1)[0] in _LINUX + _INITRD]
@@ -219,7 +225,7 @@ def candidate_entry(base: Entry, kernel: str, initrd: str, append: str, root: st
     for line in base.body:
         word = line.split(maxsplit=1)[0] if line else ""
         if word in _LINUX:
-            load = f"if {word} {folder}/{kernel} {arguments} {append}; then"
+            load = f"if {word} {folder}/{kernel} {arguments}; then"
             if initrd:
                 # Asked for before anything is loaded: GRUB does not recover from a half loaded kernel (tried).
                 body += ["set tdxhw_loaded=", f"if [ -f {folder}/{initrd} ]; then", f"\t{load}"]

@@ -95,6 +95,8 @@ class Machine:
         self.clock = clock or Clock()
         self.on_connected = on_connected
         """Called with every new connection; the lease moves to it."""
+        self.see_that_it_is_ours: Callable[[Link | None], None] = lambda _link: None
+        """Called before a connection, or without one power control, is used: ``LeaseLost`` if it is somebody else's."""
         self._connect = connect
         self._link: Link | None = None
 
@@ -103,7 +105,9 @@ class Machine:
     @property
     def link(self) -> Link:
         """The connection; a new one if the last was lost or there was none. ``LabUnreachable`` if it cannot be had."""
-        if self._link is None:
+        if self._link is not None:
+            self.see_that_it_is_ours(self._link)
+        else:
             link = self._connect()
             try:
                 self.on_connected(link)
@@ -165,6 +169,7 @@ class Machine:
 
     def undo(self) -> list[str]:
         """Take everything back; return what could not be, one line each."""
+        self._make_sure()
         answer = json.loads(self._journal("undo", b"", 3600))
         failed = [*answer.get("failed", []), *([answer["error"]] if "error" in answer else [])]
         return [str(line) for line in failed]
@@ -191,10 +196,15 @@ class Machine:
             "journal.py", FOLDER, operation, stdin=wish, timeout_s=limit_s, package="tdxhw.validate.remote"
         )
 
+    def _make_sure(self) -> None:
+        """Ask whether the host is ours: what follows would be a bad surprise to somebody else. ``LeaseLost`` if not."""
+        self.on_connected(self.link)
+
     # ---- how it comes back ----
 
     def reboot(self) -> None:
         """Tell it to reboot; what follows is for `wait_for_boot`."""
+        self._make_sure()
         self.link.run(_REBOOT)
         self.drop()
 

@@ -51,6 +51,7 @@ class Outcome:
     base: Results
     narrowed: bool = False  # not every test of it was to be run
     tries: int = 1  # how often a test has to fail, if nothing cuts the tries short
+    build_id: str = ""  # a release may be built many times
     base_findings: "list[Finding]" = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # of infrastructure, of the whole
@@ -121,6 +122,7 @@ class Outcome:
             "line": self.line,
             "host": self.host,
             "kernel": self.release,
+            "build_id": self.build_id,
             "interrupted": self.interrupted,
             "duration_s": round(self.duration_s, 1),
             "host_state": self.state.name,

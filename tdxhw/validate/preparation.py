@@ -1,5 +1,6 @@
 """Bring a kernel onto a host without making it what the host boots. Each change can be taken back."""
 
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -50,7 +51,7 @@ def _pin(machine: Machine, target: Target, candidate: Candidate) -> None:
     if not target.survey["grub"].get("has_fragments"):
         folder = str(Path(PIN).parent)
         machine.change("create", paths=[folder], folders=[folder])
-    text = f"# tdxhw validate: {candidate.release} is on trial.\nGRUB_DEFAULT='{target.base_entry}'\n"
+    text = f"# tdxhw validate: {candidate.release} is on trial.\nGRUB_DEFAULT={shlex.quote(target.base_entry)}\n"
     machine.change("write", path=PIN, text=text)
 
 
@@ -76,7 +77,7 @@ def _install_image(machine: Machine, course: Course, target: Target, candidate: 
         modules = machine.upload(candidate.modules.read_bytes(), "modules.tar")
         machine.change("unpack", source=modules, below=candidate.modules_below, path=f"/lib/modules/{release}")
         machine.change("command", argv=["depmod", release])
-    if target.needs_initrd and candidate.modules is not None:
+    if target.needs_initrd and candidate.gets_initrd:
         course.note("making its initial RAM disk")
         machine.change("command", argv=_initramfs(str(target.survey["initramfs"]), release))
 
@@ -101,8 +102,16 @@ def _installed(machine: Machine, target: Target, candidate: Candidate) -> tuple[
     kernel = f"vmlinuz-{candidate.release}"
     if kernel not in survey["boot_files"]:
         raise ChangeFailed(f"{machine.name}: after the installation there is no /boot/{kernel}")
+    if not candidate.gets_initrd:
+        return kernel, ""
     initrds = (f"initrd.img-{candidate.release}", f"initramfs-{candidate.release}.img")
-    return kernel, next((name for name in initrds if name in survey["boot_files"]), "")
+    initrd = next((name for name in initrds if name in survey["boot_files"]), "")
+    if target.needs_initrd and not initrd:
+        raise ChangeFailed(
+            f"{machine.name}: nothing made an initial RAM disk for {candidate.release}, and its own kernel boots "
+            "with one: does /etc/kernel/postinst.d have initramfs-tools or dracut?"
+        )
+    return kernel, initrd
 
 
 def _guard(machine: Machine, limit_s: int) -> None:

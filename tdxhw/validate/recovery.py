@@ -17,6 +17,7 @@ def hold(around: Surroundings, machine: Machine, reason: str, say: Callable[[str
     """Have the host to ourselves until `stack` is closed, over all of its reboots."""
     holding = stack.enter_context(around.hold(machine.link, reason))
     machine.on_connected = holding.move_to
+    machine.see_that_it_is_ours = holding.check
     if holding.note:
         say(holding.note)
 

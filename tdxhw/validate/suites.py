@@ -76,6 +76,7 @@ class Suites:
             on_note=self.say,
             stop=threading.Event(),
             held=self.lease,
+            marks=True,
             after_reboot=self.after_reboot,
             rescue=self.rescue,
         )

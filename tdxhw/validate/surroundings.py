@@ -18,6 +18,7 @@ from tdxhw.lab.labgrid_place import LabgridPlace
 from tdxhw.lab.lease import TTL_S, Lease
 from tdxhw.lab.power import Power, open_power
 from tdxhw.report.results import Results
+from tdxhw.validate.errors import Refused
 from tdxhw.validate.machine import Clock, Link
 from tdxhw.validate.suites import Suites
 
@@ -30,7 +31,11 @@ class Holding(AbstractContextManager["Holding"], Protocol):
     note: str
 
     def move_to(self, session: Any) -> None:
-        """Go on over another connection."""
+        """Go on over another connection. ``LeaseLost`` if it is not ours any more."""
+        ...
+
+    def check(self, session: Any) -> None:
+        """Raise ``LeaseLost`` if it is not ours any more, as far as is known; `session` is about to be used."""
         ...
 
 
@@ -104,7 +109,12 @@ class LabSurroundings:
         return open_console(self.host, self.out / "console.log", labs=self.labs, ssh_config=self.ssh_config)
 
     def hold(self, link: Link, reason: str) -> Lease | LabgridPlace:
-        """Return its lease."""
+        """Return its lease. ``Refused`` if we may not do there what a validation has to."""
+        if (user := link.run("id -u").stdout.strip()) != "0":
+            raise Refused(
+                f"{self.host.name}: installing a kernel needs root, and ssh takes us to user {user or 'unknown'}: "
+                "`ssh: root@…` in its lab file"
+            )
         if self.host.lease is not None:
             self._lease = LabgridPlace(self.host)
         else:

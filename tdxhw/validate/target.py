@@ -18,6 +18,7 @@ PIN: Final = "/etc/default/grub.d/zz-tdxhw-validate.cfg"
 GUARD_UNIT: Final = "/etc/systemd/system/tdxhw-validate-guard.service"
 GUARD_WANTED: Final = "/etc/systemd/system/sysinit.target.wants/tdxhw-validate-guard.service"
 _INITRD_BYTES: Final = 160 << 20  # a generic initial RAM disk [bytes]
+_UNPACKED_INITRD_BYTES: Final = 2 * _INITRD_BYTES  # while it is made
 _WATCHDOG_S: Final = 60
 _SHORTEST_BOOT_S: Final = 60.0  # what a boot takes besides the firmware, shutting down included
 
@@ -187,16 +188,28 @@ def _check_candidate(name: str, survey: Mapping[str, Any], candidate: Candidate,
                 f"{name}: has no grub-mkconfig that reads /etc/default/grub.d, or no update-grub, so the default "
                 "cannot be pinned"
             )
-    elif base.initrds and candidate.modules is None and survey.get("root") is None:
+    if base.initrds and not candidate.gets_initrd and survey.get("root") is None:
         raise Refused(
-            f"{name}: its root file system is on no plain partition, and a kernel without modules has no initial RAM "
-            "disk to find it with: give --modules"
+            f"{name}: its root file system is on no plain partition, and the kernel has no initial RAM disk to find it "
+            "with: give --modules, and build it with CONFIG_BLK_DEV_INITRD"
         )
-    elif base.initrds and candidate.modules is not None and survey.get("initramfs") is None:
+    if base.initrds and candidate.gets_initrd and survey.get("initramfs") is None:
         raise Refused(f"{name}: boots with an initial RAM disk, and has neither update-initramfs nor dracut")
-    needed = candidate.installed_bytes + (_INITRD_BYTES if base.initrds else 0)
-    for free, where in ((survey["root_free"], "/usr/lib/modules"), (survey["boot_free"], "/boot")):
-        on_boot = where == "/boot" and not survey["boot_is_root"]
-        wanted = candidate.image_bytes + _INITRD_BYTES * bool(base.initrds) if on_boot else needed
-        if free < wanted:
-            raise Refused(f"{name}: {where} has {free >> 20} MiB free; the kernel may need {wanted >> 20} MiB")
+    _check_space(name, survey, candidate, base)
+
+
+def _check_space(name: str, survey: Mapping[str, Any], candidate: Candidate, base: grub_menu.Entry) -> None:
+    """Refuse a host on which it would not fit: a full disk is what packages' scripts are worst at."""
+    gets_initrd = bool(base.initrds) and candidate.gets_initrd
+    wanted = {
+        "/usr/lib/modules": candidate.installed_bytes - candidate.image_bytes,
+        "/boot": candidate.image_bytes + _INITRD_BYTES * gets_initrd,
+        "/var/lib": candidate.upload_bytes + _UNPACKED_INITRD_BYTES * gets_initrd,
+    }
+    free = {"/usr/lib/modules": survey["root_free"], "/boot": survey["boot_free"], "/var/lib": survey["var_free"]}
+    for folder, is_root in (("/boot", survey["boot_is_root"]), ("/var/lib", survey["var_is_root"])):
+        if is_root:  # what is free there is the same space
+            wanted["/usr/lib/modules"] += wanted.pop(folder)
+    for folder, needed in wanted.items():
+        if free[folder] < needed:
+            raise Refused(f"{name}: {folder} has {free[folder] >> 20} MiB free; the kernel may need {needed >> 20} MiB")

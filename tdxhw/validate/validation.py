@@ -3,16 +3,17 @@
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from tdxhw.errors import HarnessError
+from tdxhw.lab import kernel_marks
 from tdxhw.lab.console import Capture
 from tdxhw.lab.console.findings import scan, tie
 from tdxhw.lab.console.lines import ConsoleLine
-from tdxhw.lab.errors import LabUnreachable
+from tdxhw.lab.errors import LabUnreachable, LeaseLost, RemoteFailed
 from tdxhw.lab.lease import who_am_i
 from tdxhw.report.results import Results
 from tdxhw.validate import matrix
@@ -36,6 +37,9 @@ TOKEN: Final = "tdxhw.validate="  # noqa: S105  (on a command line, for everybod
 _GUARD_PART: Final = 0.5  # of the boot limit
 _REBOOTS: Final = 5  # under one kernel: more, and the host is out of order
 _CONSOLE_S: Final = 20.0
+_LAG_S: Final = 15.0  # what a console may be behind; one that leaves out warnings (quiet) is waited for so long
+_LOOK_S: Final = 0.2
+_RECENT: Final = 1000  # lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,10 @@ class Validation:
 
     def __init__(self, plan: Plan, surroundings: Surroundings, say: Callable[[str], None]) -> None:
         self.plan = plan
-        self.outcome = Outcome(plan.host, plan.candidate.release, plan.base, plan.narrowed, 1 + plan.retries)
+        candidate = plan.candidate
+        self.outcome = Outcome(
+            plan.host, candidate.release, plan.base, plan.narrowed, 1 + plan.retries, candidate.build_id
+        )
         self._around = surroundings
         self._say = say
         self._token = TOKEN + plan.token
@@ -103,10 +110,10 @@ class Validation:
             self._go(before)
         except KeyboardInterrupt:
             self.outcome.interrupted = True
+        except (Stranded, LeaseLost):
+            raise  # there is no way back: nobody can take it, or it is not ours to take
         except HarnessError as error:
             self.outcome.problems.append(str(error))
-            if isinstance(error, Stranded):
-                raise
         except Exception as error:  # noqa: BLE001  (a mistake of ours is no reason to leave the host as it is)
             self._internal_error(error)
         signals.shield("rolling back", insisted=self.outcome.interrupted)
@@ -159,7 +166,7 @@ class Validation:
         parameters = tried.parameters
         self.outcome.tried.append(tried)
         said_before = len(self._said())
-        ahead_s = 0.0
+        ahead_s, is_ours = 0.0, True
         self._reboots = 0
         try:
             failure = self._boot(trial, parameters)
@@ -174,12 +181,16 @@ class Validation:
                     )  # fmt: skip
                     tried.not_as_asked += trial.not_as_asked(parameters)
                     tried.left_behind += trial.left_behind(used)
+                    self._hear_it_out()
                 finally:
                     self._see_which_kernel(tried)
+        except LeaseLost:
+            is_ours = False  # since when is not known: what its console said may be the other's doing
+            raise
         finally:
             results = [result for part in tried.results for result in part.results]
             said = said_by(self._said()[said_before:], self.plan.candidate.release, str(trial.target.survey["release"]))
-            tried.findings = tie(scan(said), results, host_ahead_s=ahead_s)
+            tried.findings = tie(scan(said), results, host_ahead_s=ahead_s) if is_ours else []
             if self._capture is not None and self._capture.problem:
                 self._course.note(f"{self._capture.problem}: what it said since then is not known")
 
@@ -227,6 +238,17 @@ class Validation:
         self._capture = stack.enter_context(capture)
         if not capture.wait_open(_CONSOLE_S):
             self._course.note(f"its console is not there: {capture.problem or 'no answer'}; going on without")
+
+    def _hear_it_out(self) -> None:
+        """Wait until the console has what the kernel said until now: a serial line may be seconds behind."""
+        if self._capture is None or self._capture.problem:
+            return
+        with suppress(LabUnreachable, RemoteFailed):
+            last = f"{kernel_marks.HEAD}heard until {self._machine.boot().boot_id} {len(self._said())}"
+            self._machine.link.run(f"echo '<4>{last}' >/dev/kmsg")
+            until = self._around.clock.now() + _LAG_S
+            while self._around.clock.now() < until and not any(last in line.text for line in self._said()[-_RECENT:]):
+                self._around.clock.sleep(_LOOK_S)
 
     def _said(self) -> Sequence[ConsoleLine]:
         return self._capture.lines if self._capture is not None else ()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from tdxhw.errors import HarnessError
-from tdxhw.lab.errors import LabUnreachable
+from tdxhw.lab.errors import LabUnreachable, LeaseLost
 from tdxhw.lab.host_run import Rescue
 from tdxhw.validate.course import Course
 from tdxhw.validate.errors import Stranded
@@ -75,6 +75,7 @@ class WayBack:
                 return BY_ITSELF
             raise self._stranded("there is no power control")
         for press in ("reset", "cycle"):
+            self._machine.see_that_it_is_ours(None)
             try:
                 how = self._press(power, press)
             except HarnessError as error:
@@ -94,6 +95,7 @@ class WayBack:
         power = self._power() if self._course.state is State.CANDIDATE and waited_s > _ANSWER_S else None
         if power is None:
             return Rescue.NOTHING
+        self._machine.see_that_it_is_ours(None)
         try:
             if power.is_on() and waited_s < self._boot_limit_s:
                 return Rescue.NOTHING
@@ -146,6 +148,8 @@ class WayBack:
             try:
                 self._machine.reboot()
                 came = self._machine.wait_for_boot(boot.boot_id, self._boot_limit_s)
+            except LeaseLost:
+                raise
             except HarnessError as error:  # it does not go down, or is down already
                 self._course.note(str(error))
                 came = None

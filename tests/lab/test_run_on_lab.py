@@ -165,7 +165,7 @@ def test_an_unknown_suite_and_an_unknown_host_are_exit_code_2(capsys: pytest.Cap
     assert main(["run", "--on", "lab:host-9"]) == 2
     assert "no host 'host-9'" in capsys.readouterr().err
     assert main(["run", "--on", "lab:host-0", "lifecicle"]) == 2
-    assert "tdxhw: host-0: no suite 'lifecicle'" in capsys.readouterr().err
+    assert "tdxhw: no suite 'lifecicle'" in capsys.readouterr().err
 
 
 def test_a_broken_promise_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

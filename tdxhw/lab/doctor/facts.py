@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 
 from tdxhw.lab.doctor.gather import FORMAT
 from tdxhw.lab.errors import FactsError
+from tdxhw.lab.kernel_command_line import halves
 
 # KVM_CAP_VM_TYPES is a bitmap of VM types: TDX is type 5 in mainline, and was type 2 in the series before.
 # On mainline, and on every AMD host, 2 is SEV. Source: the uapi header arch/x86/include/uapi/asm/kvm.h.
@@ -141,8 +142,8 @@ class Facts:
 
     @property
     def command_line(self) -> tuple[str, ...]:
-        """The kernel's parameters."""
-        return tuple((self.text("/proc/cmdline") or "").split())
+        """The kernel's parameters: not what is for init."""
+        return tuple(halves(self.text("/proc/cmdline") or "")[0])
 
     @property
     def kvm_tdx_dialect(self) -> str | None:

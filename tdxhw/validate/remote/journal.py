@@ -24,6 +24,7 @@ Change           Does                                               Undone by
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import json
 import os
@@ -52,6 +53,9 @@ class ChangeError(Exception):
 class Host:
     """The machine this runs on. Tests put a simulated one in its place."""
 
+    scratch: Path | None = None
+    """Where programs put their temporary files: what one leaves that is cut off would lie in /var/tmp for a month."""
+
     def path(self, name: str) -> Path:
         """Return where an absolute path of the host is."""
         return Path(name)
@@ -61,6 +65,8 @@ class Host:
         environment = dict(
             os.environ, DEBIAN_FRONTEND="noninteractive", NEEDRESTART_SUSPEND="1", LC_ALL="C", PATH=search_path()
         )
+        if self.scratch is not None:
+            environment["TMPDIR"] = str(self.scratch)
         try:
             done = subprocess.run(
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
@@ -98,6 +104,7 @@ class Journal:
         self.host = host
         self.folder = folder
         self.path = folder / "journal.jsonl"
+        self.scratch = folder / "tmp"  # on the file system of dpkg's scripts: programs can be run there
 
     def lines(self) -> list[dict[str, Any]]:
         """Return what is in it. A last line that a power cut tore was never acted upon."""
@@ -131,6 +138,8 @@ class Journal:
         """Make one change."""
         if not self.lines():
             raise ChangeError("nothing was begun")
+        self.scratch.mkdir(exist_ok=True)
+        self.host.scratch = self.scratch
         kind = str(change["change"])
         prepare, make = CHANGES[kind]
         undo = prepare(self.host, change)  # every check is in here
@@ -147,6 +156,13 @@ class Journal:
         lines = self.lines()
         done = {line["undone"] for line in lines if "undone" in line}
         failed = []
+        if lines:
+            # Nobody needs these any more, and on a full disk the way back needs their space.
+            for folder in (self.scratch, self.folder / "files"):
+                shutil.rmtree(str(folder), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.scratch.mkdir(exist_ok=True)
+                self.host.scratch = self.scratch
         for number in reversed(range(len(lines))):
             steps = lines[number].get("undo")
             if steps is None or number in done:
@@ -154,10 +170,9 @@ class Journal:
             try:
                 for step in steps:
                     UNDO[step["undo"]](self.host, step)
+                self.append({"undone": number, "at": time.time()})
             except (ChangeError, OSError) as error:
                 failed.append(f"{lines[number]['change']}: {error}")
-                continue
-            self.append({"undone": number, "at": time.time()})
         self.host.sync()
         return {"ok": not failed, "failed": failed}
 
@@ -325,7 +340,17 @@ def prepare_packages(host: Host, change: dict[str, Any]) -> list[dict[str, Any]]
         raise ChangeError(f"it needs {', '.join(missing)}, too: give those packages as well, or install them first")
     if not new:
         raise ChangeError("its packages are installed already")
+    states = package_states(host)
+    for name in new:
+        if states.get(name, "not-installed") != "not-installed":
+            raise ChangeError(f"{name} is there as {states[name]}, which could not be had back: dpkg --purge {name}")
     return [{"undo": "purge", "packages": new}]
+
+
+def package_states(host: Host) -> dict[str, str]:
+    """Return what dpkg knows of each package: installed, config-files (removed, not purged), half-installed."""
+    known = host.command(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"]).split("\n")
+    return dict(line.split(" ", 1) for line in known if " " in line)
 
 
 def alone(host: Host, argv: list[str]) -> str:
@@ -426,8 +451,7 @@ def undo_command(host: Host, step: dict[str, Any]) -> None:
 
 def undo_packages(host: Host, step: dict[str, Any]) -> None:
     """Purge the packages, also half unpacked ones; then have dpkg finish what a power cut interrupted."""
-    known = host.command(["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n"]).split("\n")
-    states = dict(line.split(" ", 1) for line in known if " " in line)
+    states = package_states(host)
     there = [name for name in step["packages"] if states.get(name.split(":")[0], "not-installed") != "not-installed"]
     if there:
         alone(host, ["dpkg", "--purge", "--force-remove-reinstreq", *there])

@@ -174,6 +174,8 @@ def whole() -> dict[str, Any]:
         watchdogs=sorted(path.name for path in Path("/dev").glob("watchdog[0-9]*")),
         boot_free=shutil.disk_usage("/boot").free,
         root_free=shutil.disk_usage("/usr/lib").free,
+        var_free=shutil.disk_usage("/var/lib").free,
+        var_is_root=Path("/var/lib").stat().st_dev == Path("/usr/lib").stat().st_dev,
         boot_is_root=Path("/boot").stat().st_dev == Path("/usr/lib").stat().st_dev,
         boot_files=[path.name for path in content("/boot") if path.is_file()],
         kernel_links=kernel_links(),

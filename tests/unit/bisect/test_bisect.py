@@ -265,6 +265,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("hangups_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_validation_rolls_back_before_the_tree_is_reset(
     started: Start, tmp_path: Path, number: signal.Signals

@@ -1,5 +1,6 @@
 """The scanner of console logs: real logs of two kernels, the wordings of others, and whatever a bad line sends."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdxhw import report_log
+from tdxhw.lab import kernel_marks
 from tdxhw.lab.console.finding_kinds import BEGINNINGS, MAYBE
 from tdxhw.lab.console.findings import KINDS, Finding, scan, tie
 from tdxhw.lab.console.lines import ConsoleLine, read_log
 from tdxhw.report.results import Result, Status
+from tdxhw.results import RunRecord
 from uapi_ctypes.tdx_status import describe
 
 CONSOLES = Path(__file__).with_name("consoles")
@@ -378,3 +382,115 @@ def test_a_finding_is_tied_to_the_test_that_was_running(at: float, test: str) ->
 def test_the_clock_of_the_host_may_be_another() -> None:
     (tied,) = tie([Finding("warning", 100.5, "x", ("x",))], [result("test_a", 3700.0, 1.0)], host_ahead_s=3600.0)
     assert tied.test == "td::test_a"
+
+
+# ---- marks: the host's own clock says which test it was ----
+
+UP_AT = 5000.0
+"""When the host that these lines are of was switched on, by its own clock [s since 1970]."""
+
+
+def marked(nodeid: str, stamp: float) -> str:
+    return f"[{stamp:12.6f}] tdxhw: {nodeid} began at {UP_AT + stamp:.6f}"
+
+
+def warned(stamp: float, where: str = "x.c:1 f+0x1/0x2") -> list[str]:
+    return [f"[{stamp:12.6f}] WARNING: CPU: 1 PID: 7 at {where}", f"[{stamp:12.6f}] ---[ end trace 0 ]---"]
+
+
+def tied_tests(said: list[str], *, late_s: float = 0.0, every_s: float = 0.0) -> list[str]:
+    """Return the tests of the findings in lines that arrive late, `every_s` after another."""
+    arrived = [ConsoleLine(UP_AT + 1000.0 + late_s + number * every_s, line) for number, line in enumerate(said)]
+    results = [result(name, UP_AT + at, 1.0) for name, at in (("test_a", 10.0), ("test_b", 11.0), ("test_c", 12.0))]
+    return [finding.test.removeprefix("td::") for finding in tie(scan(arrived), results, host_ahead_s=-1000.0)]
+
+
+SERIAL = [
+    *warned(9.999999),
+    marked("test_td.py::test_a", 10.000001),
+    *warned(10.9),
+    marked("test_td.py::test_b", 11.000001),
+    *warned(11.000002),
+    marked("test_td.py::test_c", 12.000001),
+    *warned(12.5),
+]
+
+
+@pytest.mark.parametrize("late_s", [0.0, 9.0, 3600.0])
+def test_with_marks_it_does_not_matter_how_late_a_console_is(late_s: float) -> None:
+    assert tied_tests(SERIAL, late_s=late_s, every_s=0.3) == ["", "test_a", "test_b", "test_c"]
+
+
+def test_a_lost_or_torn_mark_is_made_up_for_by_another() -> None:
+    for spoilt in ("", "[   11.000001] tdxhw: test_td.py::test_b began at 50", "tdxhw: test_td.py::test_b be"):
+        said = [spoilt if "test_b began" in line else line for line in SERIAL]
+        assert tied_tests(said, late_s=5.0) == ["", "test_a", "test_b", "test_c"]
+
+
+def test_a_mark_of_another_boot_says_nothing() -> None:
+    """Switched on again at 11.0: by the old boot's marks this would have been long before."""
+    banner = "[    0.000000] Linux version 7.2.13-trial (x@y)"
+    for begins in ([banner], ["[    0.000000] Command line: quiet"]):
+        said = [marked("test_td.py::test_a", 10.0), *begins, *warned(0.5)]
+        (finding,) = scan([ConsoleLine(UP_AT + 11.5, line) for line in said])
+        assert finding.host_at is None
+        assert finding.at == UP_AT + 11.5
+
+
+def test_a_mark_is_no_finding_and_in_no_report_whatever_its_test_is_called() -> None:
+    name = "test_td.py::test_it[BUG: KASAN: Kernel panic - not syncing: Oops: 0 [#1] SEAMCALL failed: 0x1]"
+    said = ["[   10.000001] BUG: KASAN: use-after-free in f", marked(name, 10.000002), "[   10.000003] the rest"]
+    (finding,) = scan([ConsoleLine(1.0, line) for line in said])
+    assert finding.lines == (said[0], said[2])
+    assert scan([ConsoleLine(1.0, marked(name, 1.0)[:-3])]) == []
+
+
+def test_a_mark_is_one_line_that_the_kernel_takes_and_that_is_read_back(tmp_path: Path) -> None:
+    kmsg = tmp_path / "kmsg"
+    kmsg.touch()
+    before = time.time()
+    at = kernel_marks.mark("test_é.py::test[\n" + "x" * 2000, path=str(kmsg))
+    written = kmsg.read_bytes()
+    assert before <= at <= time.time()
+    assert written.startswith(b"<4>tdxhw: test_\\xe9.py::test[")
+    assert written.endswith(b"\n")
+    assert len(written) < 1000
+    (line,) = written.decode("ascii").splitlines()
+    assert kernel_marks.marked_time(line.removeprefix("<4>")) == pytest.approx(at, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["nowhere/kmsg", "a-folder", "/dev/full"])
+def test_where_the_kernel_log_cannot_be_written_a_test_begins_all_the_same(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a-folder").mkdir()
+    before = time.time()
+    assert before <= kernel_marks.mark("test_td.py::test_a", path=str(tmp_path / name)) <= time.time()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a-folder"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "marks"),
+    [("local", "1", ["test_td.py::test_a"]), ("local", "0", []), ("local", "", []), ("sim", "1", [])],
+)
+def test_a_run_that_is_asked_to_marks_its_tests_with_the_time_that_it_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, asked: str, marks: list[str]
+) -> None:
+    begun: list[str] = []
+
+    def mark(nodeid: str) -> float:
+        begun.append(nodeid)
+        return 1234.5
+
+    monkeypatch.setenv(kernel_marks.ASKED_FOR, asked)
+    monkeypatch.setattr(kernel_marks, "mark", mark)
+    log = report_log.ReportLog(tmp_path / "log.jsonl", RunRecord(backend, "", {}))
+    before = time.time()
+    log.pytest_runtest_logstart("test_td.py::test_a")
+    log.pytest_unconfigure()
+    assert begun == marks
+    starts = [json.loads(line)["start"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    if backend == "sim":
+        assert starts == []
+    elif marks:
+        assert starts == [1234.5]
+    else:
+        assert before <= starts[0] <= time.time()

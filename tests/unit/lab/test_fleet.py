@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tdxhw.errors import HarnessError
 from tdxhw.lab import fleet
 from tdxhw.lab.connection import Session
 from tdxhw.lab.host_run import HostRun, Wish
@@ -31,6 +32,37 @@ def test_a_host_for_which_no_suite_is_left_runs_none(labs: Path, monkeypatch: py
     fleet.run_on_lab("label=pair", Wish(suites=("kvm_device",)), on_line=said.append, labs=labs)
     assert ran == {"left": ("kvm_device",)}, "a wish without suites is one for all of them"
     assert said == ["right: not needed: there are fewer suites than hosts"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        (Wish(suites=("kvm_devise",)), "kvm_devise"),
+        (Wish(suites=("nowhere/test_x.py",)), "no file nowhere/test_x.py"),
+        (Wish(keyword="(vcpu"), r"-k '\(vcpu': pytest says: .*expected right parenthesis"),
+        (Wish(keyword="-x"), "-k '-x': pytest says: .*expected one argument"),
+    ],
+)
+def test_a_selection_that_means_nothing_is_told_before_a_host_is_asked(
+    labs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wish: Wish, told: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(HostRun, "run", lambda self: asked.append(self.host.name))
+    with pytest.raises(HarnessError, match=told) as error:
+        fleet.run_on_lab("all", wish, labs=labs)
+    assert "\n" not in str(error.value)
+    assert asked == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("keyword", ["vcpu or not (msr and test_x[4])", "é", "Td::x", ""])
+def test_an_expression_that_pytest_understands_is_let_through(
+    labs: Path, monkeypatch: pytest.MonkeyPatch, keyword: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(HostRun, "run", lambda self: asked.append(self.wish.keyword))
+    fleet.run_on_lab("left", Wish(suites=("kvm_device",), keyword=keyword), labs=labs)
+    assert asked == [keyword]
 
 
 def test_a_run_that_breaks_in_a_way_nobody_foresaw_is_not_taken_for_success(

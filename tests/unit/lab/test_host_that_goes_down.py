@@ -15,7 +15,7 @@ from tdxhw.lab import host_run
 from tdxhw.lab.archive import Archive
 from tdxhw.lab.connection import Completed
 from tdxhw.lab.deploy import Deployed
-from tdxhw.lab.errors import ConnectionLost, LabUnreachable, RemoteFailed
+from tdxhw.lab.errors import ConnectionLost, LabUnreachable, LeaseLost, RemoteFailed
 from tdxhw.lab.host_run import HostRun, Rescue, Wish
 from tdxhw.lab.hosts import Host, SshTarget
 from tdxhw.lab.went_down import POWER_WENT_AGAIN, REBOOTED
@@ -93,6 +93,9 @@ class Held:
     """A lease of the caller's."""
 
     def move_to(self, session: object) -> None:
+        pass
+
+    def check(self, session: object) -> None:
         pass
 
 
@@ -208,3 +211,55 @@ def test_tdxhw_that_says_nothing_there_is_a_problem_that_names_itself(go: Any) -
     host.supervise = lambda *_, **__: 0  # type: ignore[method-assign]
     run, _ = go(host)
     assert run.problem == "vm: tdxhw ended there with 0, without a word and without results"
+
+
+def test_a_run_ends_when_the_host_is_somebody_else_s_and_keeps_what_it_has(
+    go: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_run, "_LOOK_S", 0.0)
+
+    class Taken(ScriptedHost):
+        """Somebody takes it under the second test."""
+
+        def supervise(self, argv: Sequence[str], *, on_line: Callable[[str], None], **more: Any) -> int:
+            def tell(line: str) -> None:
+                if not self.is_taken:
+                    on_line(line)
+                self.is_taken |= '"TestStart"' in line and SUITE[1] in line
+                self.was_asked_to_end |= more["stop"]()
+
+            super().supervise(argv, on_line=tell)
+            return 125 if self.was_asked_to_end else 0
+
+        is_taken = was_asked_to_end = False
+
+    host = Taken([])
+
+    def check(_self: Held, session: object) -> None:
+        assert session is host
+        if host.is_taken:
+            raise LeaseLost("vm is taken by bob@ws pid 7")
+
+    monkeypatch.setattr(Held, "check", check)
+    run, results = go(host)
+    assert host.was_asked_to_end
+    assert run.problem == "vm is taken by bob@ws pid 7"
+    assert results["test_a"] == PASSED
+    assert [status for status, _ in results["test_b"]] == [Status.MISS], "no failure: it was not the test's fault"
+    assert results["(host)"] == [(Status.MISS, "vm is taken by bob@ws pid 7")]
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_only_who_reads_the_kernel_log_has_the_tests_marked_in_it(go: Any, marks: bool) -> None:
+    ran: list[str] = []
+
+    class Listed(ScriptedHost):
+        """Remembers what it runs."""
+
+        def supervise(self, argv: Sequence[str], *, on_line: Callable[[str], None], **more: Any) -> int:
+            ran.extend(argv)
+            return super().supervise(argv, on_line=on_line, **more)
+
+    go(Listed([]), marks=marks)
+    assert (ran[:3] == ["env", "TDXHW_KERNEL_MARKS=1", "python3"]) is marks
+    assert ("TDXHW_KERNEL_MARKS=1" in ran) is marks

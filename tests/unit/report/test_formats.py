@@ -19,7 +19,7 @@ from tdxhw.report import github, html, json_lines, junit, kcidb, tap
 from tdxhw.report.cli import report
 from tdxhw.report.errors import ReportError
 from tdxhw.report.results import Results, Status
-from tests.unit.report.samples import every_kind, result
+from tests.unit.report.samples import SPR, every_kind, result
 from tests.unit.report.test_read import RESULTS
 
 KTAP_RESULT = re.compile(r"(ok|not ok) ([0-9]+)( [^#\n]*)?( # (SKIP|TODO|XFAIL|TIMEOUT|ERROR)( .*)?)?")
@@ -154,6 +154,19 @@ def test_kcidb_results_can_belong_to_a_build_of_somebody_else() -> None:
     assert {test["build_id"] for test in made["tests"]} == {"maestro:1234"}
     assert "builds" not in made
     assert made["tests"][0]["id"].startswith("my_ci:")
+
+
+def test_kcidb_tells_two_builds_of_one_release_apart() -> None:
+    first, second = (SPR | {"build_id": digit * 40} for digit in "ab")
+    unknown = SPR | {"build_id": "unknown"}
+    results = Results(tuple(result(provenance=one) for one in (first, second, first, SPR, unknown)))
+    made = kcidb.document(results)
+    assert [len(made[part]) for part in ("checkouts", "builds", "tests")] == [1, 3, 5]
+    assert [build.get("misc", {}).get("build_id") for build in made["builds"]] == ["a" * 40, "b" * 40, None]
+    of = [test["build_id"] for test in made["tests"]]
+    assert of[0] == of[2]
+    assert len(set(of)) == 3
+    assert len({test["id"] for test in made["tests"]}) == 5
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,13 @@ def test_every_picture_stays_within_its_frame_and_has_its_words(points: dict[str
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in pictures)
 
 
+@pytest.mark.parametrize("duration_s", [5e-324, 1e-9, 0.001])
+def test_durations_that_nobody_can_measure_still_have_a_scale(duration_s: float) -> None:
+    point = KernelPoint(passed=1, failed=0, duration_s=duration_s)
+    (_, chart) = trends("hardware", ["h"], {"6.1.0": {"a::x": point}, "6.2.0": {"a::x": point}}).charts
+    assert [label.text for label in chart.values] == ["0 s", "0.00025 s", "0.0005 s", "0.00075 s", "0.001 s"]
+
+
 def test_a_page_without_a_history_has_no_trends() -> None:
     page = html.render(every_kind())
     assert "<svg" not in page

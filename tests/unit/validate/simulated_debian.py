@@ -6,6 +6,8 @@ Its power can be cut before any effect, and in the middle of dpkg's and GRUB's w
 import hashlib
 import json
 import shlex
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +49,9 @@ class SimulatedDebian(journal.Host):
         """Programs that fail."""
         self.locked_s = 0.0
         """How long somebody else still works on its packages [s]."""
+        self.has_initramfs_hook = True
+        self.arguments = "root=/dev/sda1 ro"
+        """The kernel's command line in its menu."""
         self.archive: dict[str, dict[str, Any]] = {}
         """What is in the .deb of a name: release, size, packages it needs."""
 
@@ -56,7 +61,7 @@ class SimulatedDebian(journal.Host):
         host = cls(root)
         folders = (
             "boot/grub", "etc/default", "etc/systemd/system", "lib/modules", "var/lib/initramfs-tools", "run",
-            "var/lib/dpkg", "var/lib/tdxhw",
+            "var/lib/dpkg", "var/lib/tdxhw", "var/tmp",
         )  # fmt: skip
         for folder in folders:
             (root / folder).mkdir(parents=True)
@@ -138,6 +143,10 @@ class SimulatedDebian(journal.Host):
                     if one["status"] == "unpacked":
                         self.configure(name)
             case ["update-initramfs", "-c", "-k", release]:
+                # As mkinitramfs does, which removes it in a trap: a power cut runs none.
+                work = Path(tempfile.mkdtemp(prefix="mkinitramfs_", dir=self.scratch or self.file("var/tmp")))
+                (work / "init").write_text("init")
+                self.effect()
                 partial = self.file(f"boot/initrd.img-{release}.new")
                 partial.write_text("ini")
                 self.effect()
@@ -145,6 +154,7 @@ class SimulatedDebian(journal.Host):
                 partial.replace(self.file(f"boot/initrd.img-{release}"))
                 self.effect()
                 self.file(f"var/lib/initramfs-tools/{release}").write_text("sum")
+                shutil.rmtree(work)
             case ["depmod", release]:
                 self.file(f"lib/modules/{release}/modules.dep").write_text("")
             case _:
@@ -167,7 +177,8 @@ class SimulatedDebian(journal.Host):
     def apt(self, files: list[str], *, simulate: bool) -> str:
         names = [Path(file).stem for file in files]
         if simulate:
-            new = [name for name in names if name not in self.packages()]
+            here = self.packages()
+            new = [name for name in names if here.get(name, {}).get("status") in (None, "config-files")]
             lines = [f"Inst {name} (1 localhost [amd64])" for name in new]
             for name in new:
                 lines += self.archive[name].get("plan", [])
@@ -197,7 +208,8 @@ class SimulatedDebian(journal.Host):
 
     def configure(self, name: str) -> None:
         release = self.packages()[name]["release"]
-        self.command(["update-initramfs", "-c", "-k", release])
+        if self.has_initramfs_hook:
+            self.command(["update-initramfs", "-c", "-k", release])
         self.command(["update-grub"])
         self.links_to(f"boot/vmlinuz-{release}")
         self.set_status(name, "installed", release)
@@ -255,5 +267,5 @@ class SimulatedDebian(journal.Host):
         name = "linux-simple" if identifier == "simple" else f"linux-{identifier}"
         return (
             f"menuentry 'Linux {release}' $menuentry_id_option '{name}' {{\n"
-            f"\tlinux /boot/vmlinuz-{release} root=/dev/sda1 ro\n{initrd}}}\n"
+            f"\tlinux /boot/vmlinuz-{release} {self.arguments}\n{initrd}}}\n"
         )

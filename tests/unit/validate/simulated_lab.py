@@ -15,8 +15,9 @@ from typing import Any, Final, Self
 from tdxhw.lab.connection import Completed
 from tdxhw.lab.console import Capture
 from tdxhw.lab.console.lines import ConsoleLine
-from tdxhw.lab.errors import ConnectionLost, LabUnreachable, PowerFailed, RemoteFailed
+from tdxhw.lab.errors import ConnectionLost, LabUnreachable, LeaseLost, PowerFailed, RemoteFailed
 from tdxhw.lab.host_run import Rescue
+from tdxhw.lab.kernel_command_line import halves
 from tdxhw.report.results import Result, Results, Status
 from tdxhw.validate import grub_menu
 from tdxhw.validate.candidate import Candidate, Package
@@ -78,8 +79,14 @@ class SimulatedLab:
         self.kernel = kernel
         self.has_power = has_power
         self.has_console = False
-        self._capture = Captured()
+        self._capture = Captured(self)
+        self.console_lag_s = 0.0
+        """How much later it comes what it says [s]."""
         self.is_held = False
+        self.is_lost = False
+        """Whether somebody else has it, who broke our lease."""
+        self.asked = 0
+        """How often it was asked who has it."""
         self.fault: Fault | None = None
         self.fault_at = -1
         """The number of the operation over SSH, from 0, in which it happens."""
@@ -147,7 +154,7 @@ class SimulatedLab:
         """Return what /sys/module shows, nothing if there is no such parameter."""
         if name not in PARAMETERS or name in self.stuck:
             return self.stuck.get(name, "")
-        words = (word.partition("=") for word in self.cmdline.split())
+        words = (word.partition("=") for word in halves(self.cmdline)[0])
         return next((value + "\n" for key, _, value in words if key == name), "Y\n")
 
     def lose_power(self, *, comes_back: bool) -> None:
@@ -183,7 +190,7 @@ class SimulatedLab:
 
     def say(self, *lines: str) -> None:
         """Have it on the console."""
-        self._capture.lines += [ConsoleLine(self.clock.now(), line) for line in lines]
+        self._capture.spoken += [ConsoleLine(self.clock.now() + self.console_lag_s, line) for line in lines]
 
     def hold(self, link: object, reason: str) -> "Hold":
         return Hold(self)
@@ -196,6 +203,8 @@ class SimulatedLab:
         up_again: Callable[[], None],
         rescue: Callable[[float], Rescue],
     ) -> list[str]:
+        if self.is_lost:
+            return ["vm: the suites did not run: it is somebody else's"]
         self.happens()
         results = []
         for test, statuses in (self.tests or {"a": [Status.PASS]}).items():
@@ -249,8 +258,13 @@ class Captured:
 
     problem = ""
 
-    def __init__(self) -> None:
-        self.lines: list[ConsoleLine] = []
+    def __init__(self, lab: SimulatedLab) -> None:
+        self._lab = lab
+        self.spoken: list[ConsoleLine] = []
+
+    @property
+    def lines(self) -> list[ConsoleLine]:
+        return [line for line in self.spoken if line.at <= self._lab.clock.now()]
 
     def wait_open(self, limit_s: float) -> bool:
         return True
@@ -288,7 +302,13 @@ class Hold:
         self._lab = lab
 
     def move_to(self, session: Any) -> None:
+        self._lab.asked += 1
+        self.check(session)
         assert self._lab.is_held
+
+    def check(self, session: Any) -> None:
+        if self._lab.is_lost:
+            raise LeaseLost("vm is taken by bob@ws pid 7")
 
     def __enter__(self) -> Self:
         assert not self._lab.is_held
@@ -336,6 +356,9 @@ class SimulatedLink:
                 return Completed(0 if any(name.startswith(f"{module}.") for name in PARAMETERS) else 1, "", "")
             case ["test", "-d", path]:
                 return Completed(0 if files(path[1:]).is_dir() else 1, "", "")
+            case ["echo", *_] if command.startswith("echo '<4>tdxhw: ") and command.endswith("' >/dev/kmsg"):
+                told = command.split("'")[1].removeprefix("<4>")
+                self._lab.say(f"[  900.000000] {told}")
             case ["date", _]:
                 return Completed(0, "0.0\n", "")
             case ["touch" | "cat" | "dmesg", *_]:
@@ -382,7 +405,8 @@ class SimulatedLink:
         return {
             "release": lab.release, "build_id": lab.build_id, "boot_id": f"boot-{lab.boots}", "cmdline": lab.cmdline,
             "machine": "x86_64", "is_root": True, "systemd": True, "kexec_loaded": False, "watchdogs": [],
-            "boot_free": 1 << 40, "root_free": 1 << 40, "boot_is_root": True, "root": "root=PARTUUID=12-01",
+            "boot_free": 1 << 40, "root_free": 1 << 40, "boot_is_root": True,
+            "var_free": 1 << 40, "var_is_root": True, "root": "root=PARTUUID=12-01",
             "boot_files": sorted(path.name for path in file("boot").iterdir() if path.is_file()),
             "module_folders": sorted(path.name for path in file("lib/modules").iterdir()),
             "initramfs": "update-initramfs", "dpkg_architecture": "amd64",

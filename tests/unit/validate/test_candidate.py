@@ -54,6 +54,33 @@ def test_the_parts_of_a_split_kernel_belong_together(tmp_path: Path) -> None:
         read_candidate(paths[1:])
 
 
+@pytest.mark.parametrize(
+    "release", ["7.2.0-rc1+", "7.3~rc2-1~exp1-amd64", "6.18.44-fc-v669", "7.2.0_x-00012-gabc-dirty"]
+)
+def test_releases_as_people_have_them_will_do(tmp_path: Path, release: str) -> None:
+    path = package(tmp_path / "a.deb", {f"boot/vmlinuz-{release}": bzimage(vmlinux(), release=release)})
+    assert read_candidate([path]).release == release
+
+
+@pytest.mark.parametrize("version", ["1:7.2.13-1", "7.3~rc2-1~exp1", "7.2.13-00012-gabcdef-3"])
+def test_a_version_with_an_epoch_or_a_tilde_is_one(tmp_path: Path, version: str) -> None:
+    path = tmp_path / "a.deb"
+    path.write_bytes(deb(classic_package(), "xz", f"libc6\nVersion: {version}\nArchitecture: amd64"))
+    assert [one.version for one in read_candidate([path]).packages] == [version]
+
+
+def test_a_kernel_says_whether_it_reads_an_initial_ram_disk(tmp_path: Path) -> None:
+    reads, none = "CONFIG_BLK_DEV_INITRD=y\n", "# CONFIG_BLK_DEV_INITRD is not set\n"
+    modules = str(archive(tmp_path / "m.tar.gz", f"lib/modules/{RELEASE}/kernel/kvm.ko"))
+    for inside, beside, gets in ((reads, none, True), (none, reads, False), ("", reads, True), ("", none, False)):
+        image = bzimage(vmlinux(config=inside))
+        files = {f"boot/vmlinuz-{RELEASE}": image, f"boot/config-{RELEASE}": beside.encode()}
+        assert read_candidate([package(tmp_path / "a.deb", files)]).gets_initrd is gets
+        (tmp_path / "image").write_bytes(image)
+        assert read_candidate([tmp_path / "image"], modules).gets_initrd is (gets or inside == "")
+        assert not read_candidate([tmp_path / "image"], "none").gets_initrd
+
+
 def test_a_plain_image_brings_its_modules(tmp_path: Path, image: Path) -> None:
     there = f"lib/modules/{RELEASE}"
     modules = archive(tmp_path / "m.tar.gz", f"./{there}/kernel/kvm.ko", f"{there}/modules.order")
@@ -100,7 +127,17 @@ def mistakes(folder: Path) -> dict[str, tuple[list[Path], str, str]]:
     two = package(folder / "two.deb", {"boot/vmlinuz-1": bzimage(vmlinux()), "boot/vmlinuz-2": bzimage(vmlinux())})
     mixed = {f"boot/vmlinuz-{RELEASE}": bzimage(vmlinux()), "lib/modules/6.1/kernel/a.ko": b""}
     other = package(folder / "other.deb", mixed)
+    odd = {}
+    for number, release in enumerate(("../../etc/x", "7.2'; reboot; '", "7.2{", "-rf", "a" * 65)):
+        odd[release] = folder / f"odd-{number}"
+        odd[release].write_bytes(bzimage(vmlinux(), release=release))
+    renamed = package(folder / "renamed.deb", {"boot/vmlinuz-7.2-mine": bzimage(vmlinux())})
     return {
+        **{
+            f"a release called {release}": ([path], "none", f"is called {release.split()[0]!r}, which is no name")
+            for release, path in odd.items()
+        },
+        "an image under another release's name": ([renamed], "", f"boot/vmlinuz-7.2-mine says that it is {RELEASE}"),
         "no such file": ([folder / "nothing"], "", "no such file"),
         "text": ([text], "none", "neither a bzImage nor a vmlinux"),
         "vmlinux": ([elf], "none", "no boot loader starts a vmlinux"),

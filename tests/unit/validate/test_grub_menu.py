@@ -196,6 +196,23 @@ def test_without_an_initial_ram_disk_the_root_is_named_so_that_the_kernel_finds_
     assert f"root=UUID={UUID}" in made.arguments
 
 
+@pytest.mark.parametrize(
+    ("own", "append", "arguments"),
+    [
+        ("ro -- single", "panic=5", "ro panic=5 -- single"),
+        ("ro --", "panic=5", "ro panic=5"),
+        ("ro -- --x root=UUID=1", "panic=5 -- 3", "ro panic=5 -- --x root=UUID=1 3"),
+        ("ro", "panic=5 -- 3", "ro panic=5 -- 3"),
+        ("""dyndbg='file x.c -- +p' ro""", "panic=5", """dyndbg='file x.c -- +p' ro panic=5"""),
+        (r'a="b \" -- c" d\ -- -- e', "panic=5", r'a="b \" -- c" d\ -- panic=5 -- e'),
+    ],
+)
+def test_what_is_for_the_kernel_stands_before_what_is_for_init(own: str, append: str, arguments: str) -> None:
+    base = grub_menu.Entry("x", "y", (f"linux\t/boot/vmlinuz-{OLD} {own}",))
+    (made,) = parse(candidate_entry(base, "vmlinuz-new", "", append, "root=PARTUUID=12-01"))
+    assert made.arguments == arguments
+
+
 def test_a_separate_boot_partition_keeps_its_short_paths() -> None:
     (base,) = parse(entry("x", "y", OLD).replace("/boot/", "/"))
     (made,) = parse(candidate_entry(base, "vmlinuz-new", "initrd.img-new", ""))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdxhw.validate.remote.journal import CHANGES, ChangeError, Journal, operate
+from tdxhw.validate.remote.journal import CHANGES, ChangeError, Host, Journal, operate
 from tests.unit.validate.simulated_debian import MEMORY, PowerCut, SimulatedDebian
 
 NEW = "7.2.13-new"
@@ -155,6 +155,31 @@ def test_what_cannot_be_undone_is_told_and_holds_up_nothing_else(
     assert host.packages().keys() == {"linux-image-own"}
 
 
+def test_a_disk_that_is_full_holds_up_no_undo_and_what_was_sent_makes_room(
+    host_and_journal: tuple[SimulatedDebian, Journal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, journal = host_and_journal
+    before = host.snapshot()
+    perform(journal, PACKAGE)
+    (journal.folder / "files").mkdir()
+    (journal.folder / "files/linux-image-new.deb").write_text("a gigabyte")
+    append = Journal.append
+
+    def full(self: Journal, line: dict[str, Any]) -> None:
+        assert not (self.folder / "files").exists(), "its space was not given back"
+        if host.packages().keys() != {"linux-image-own"}:
+            raise OSError(28, "No space left on device", str(self.path))
+        append(self, line)
+
+    monkeypatch.setattr(Journal, "append", full)
+    answer = journal.undo()
+    assert host.snapshot() == before, "everything was undone, though not all of it could be noted"
+    assert answer["failed"]
+    assert all("No space left on device" in line for line in answer["failed"])
+    assert journal.undo() == {"ok": True, "failed": []}, "and once more is noted"
+    journal.end()
+
+
 def test_a_second_validation_does_not_begin_over_the_first(host_and_journal: tuple[SimulatedDebian, Journal]) -> None:
     _, journal = host_and_journal
     journal.begin({})
@@ -188,6 +213,20 @@ def test_packages_that_could_not_be_taken_back_are_refused(
     assert reason in answer["error"]
     assert host.snapshot() == before
     assert len(journal.lines()) == 1, "there is nothing to undo"
+
+
+def test_a_package_that_was_removed_and_not_purged_is_refused(
+    host_and_journal: tuple[SimulatedDebian, Journal],
+) -> None:
+    """Purging it is how the installation is undone, and would take its old configuration as well."""
+    host, journal = host_and_journal
+    host.set_status("linux-image-new", "config-files", NEW)
+    before = host.snapshot()
+    journal.begin({})
+    told = "linux-image-new is there as config-files, which could not be had back: dpkg --purge linux-image-new"
+    assert operate(journal, "do", PACKAGE[5]) == {"ok": False, "error": told}
+    assert journal.undo()["ok"]
+    assert host.snapshot() == before
 
 
 def test_a_path_that_is_taken_is_not_claimed(host_and_journal: tuple[SimulatedDebian, Journal]) -> None:
@@ -265,6 +304,36 @@ def test_modules_are_unpacked_below_their_folder_and_nowhere_else(
 def test_every_change_is_tested_here() -> None:
     tested = {change["change"] for change in PACKAGE + IMAGE}
     assert tested | {"unpack"} == set(CHANGES)
+
+
+def test_what_a_program_leaves_that_is_cut_off_goes_with_the_journal(
+    host_and_journal: tuple[SimulatedDebian, Journal],
+) -> None:
+    host, journal = host_and_journal
+    before = host.snapshot()
+    journal.begin({"what": "a test"})
+    journal.do({"change": "create", "paths": CLAIMED})
+    host.cut_after = 2  # in mkinitramfs
+    with pytest.raises(PowerCut):
+        journal.do({"change": "command", "argv": ["update-initramfs", "-c", "-k", NEW]})
+    assert list(host.root.rglob("mkinitramfs_*/init")), "it was in the middle of it"
+    host.cut_after, host.scratch = None, None  # another process
+    assert journal.undo()["ok"]
+    assert not list(host.root.rglob("mkinitramfs_*")), "its space may be needed for the way back"
+    journal.end()
+    assert host.snapshot() == before
+
+
+def test_programs_are_told_where_to_put_their_temporary_files(tmp_path: Path) -> None:
+    """With the real host: what a program is given, and that there is such a folder in which programs can be run."""
+    journal = Journal(Host(), tmp_path / "validate")
+    journal.begin({})
+    script = 'printf "#!/bin/sh\\necho it runs\\n" >"$TMPDIR/x"; chmod +x "$TMPDIR/x"; echo "$TMPDIR"; "$TMPDIR/x"'
+    answer = journal.do({"change": "command", "argv": ["sh", "-c", script], "undo": ["sh", "-c", script]})
+    assert answer["output"].splitlines() == [str(tmp_path / "validate/tmp"), "it runs"]
+    assert Journal(Host(), tmp_path / "validate").undo() == {"ok": True, "failed": []}
+    journal.end()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_who_works_on_the_packages_right_after_a_boot_is_waited_for(

@@ -89,6 +89,7 @@ def test_a_reader_that_goes_away_costs_no_verdict(files: Path) -> None:
     assert (files / "out/outcome.json").exists()
 
 
+@pytest.mark.usefixtures("hangups_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_validation_by_way_of_its_way_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)

@@ -1,12 +1,14 @@
 """Which suites a validation runs, and what of a baseline is about them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tdxhw.lab.host_run import Wish
+from tdxhw.lab.host_run import HostRun, Wish
 from tdxhw.report.results import Results, Status
+from tdxhw.validate import suites as suites_module
 from tdxhw.validate.suites import Suites, of_suites
 from tests.unit.report.samples import result
 
@@ -42,3 +44,19 @@ def test_only_what_a_baseline_says_about_the_suites_that_were_asked_for_counts(o
     assert [one.suite for one in kept.results] == ["one", "two", "kvm_device"]
     assert kept.notes == ("a note", "2 results of the baseline are of suites that were not asked for")
     assert of_suites(base, [Path(f"test_{name}.py") for name in names]).notes == ("a note",)
+
+
+def test_the_kernel_on_trial_gets_marks_and_the_lease_is_the_validation_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[HostRun] = []
+
+    def run_all(given: Sequence[HostRun]) -> bool:
+        runs.extend(given)
+        return False
+
+    monkeypatch.setattr(suites_module, "run_all", run_all)
+    one = suites("kvm_device")
+    one.out = tmp_path
+    one.run(Results(()), "results", [])
+    assert [(run.marks, run.held, run.wish.suites) for run in runs] == [(True, one.lease, ("kvm_device",))]

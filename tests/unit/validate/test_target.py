@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from tdxhw.validate.target import check, guard_script, running_kernel
 from tests.unit.validate.simulated_debian import MEMORY, OWN
 from tests.unit.validate.simulated_lab import NEW, SimulatedLab, SimulatedLink
 
-PACKAGED = Candidate(NEW, "", None, (Package("linux-image-new", "1", Path("x.deb")),), installed_bytes=50 << 20)
+PACKAGED = Candidate(
+    NEW, "", None, (Package("linux-image-new", "1", Path("x.deb")),), installed_bytes=50 << 20, image_bytes=10 << 20,
+    upload_bytes=7 << 20,
+)  # fmt: skip
 WITH_MODULES = Candidate(NEW, "", Path("bzImage"), modules=Path("modules.tar"))
-PLAIN = Candidate(NEW, "", Path("bzImage"), installed_bytes=50 << 20, image_bytes=10 << 20)
+PLAIN = Candidate(NEW, "", Path("bzImage"), installed_bytes=10 << 20, image_bytes=10 << 20, upload_bytes=10 << 20)
 
 
 @pytest.fixture
@@ -70,9 +74,14 @@ REFUSALS: list[tuple[Callable[[dict[str, Any]], None], Candidate, str]] = [
     (grub(reads_fragments=False), PACKAGED, "the default cannot be pinned"),
     (grub(has_update_grub=False), PACKAGED, "or no update-grub"),
     (host(root=None), PLAIN, "its root file system is on no plain partition"),
+    (host(root=None), replace(PACKAGED, reads_initrd=False), "build it with CONFIG_BLK_DEV_INITRD"),
     (host(initramfs=None), WITH_MODULES, "neither update-initramfs nor dracut"),
-    (host(root_free=100 << 20), PACKAGED, "/usr/lib/modules has 100 MiB free; the kernel may need 210 MiB"),
-    (host(boot_free=100 << 20, boot_is_root=False), PLAIN, "/boot has 100 MiB free; the kernel may need 170 MiB"),
+    (host(initramfs=None), PACKAGED, "neither update-initramfs nor dracut"),
+    (host(root_free=100 << 20), PACKAGED, "/usr/lib/modules has 100 MiB free; the kernel may need 537 MiB"),
+    (host(boot_free=100 << 20, boot_is_root=False), PACKAGED, "/boot has 100 MiB free; the kernel may need 170 MiB"),
+    (host(boot_free=9 << 20, boot_is_root=False), PLAIN, "/boot has 9 MiB free; the kernel may need 10 MiB"),
+    (host(var_free=300 << 20, var_is_root=False), PACKAGED, "/var/lib has 300 MiB free; the kernel may need 327 MiB"),
+    (host(var_free=5 << 20, var_is_root=False), PLAIN, "/var/lib has 5 MiB free; the kernel may need 10 MiB"),
 ]
 
 
@@ -92,6 +101,11 @@ def test_a_host_that_is_fit_is_a_target(survey: dict[str, Any], candidate: Candi
     target = check("vm", survey, candidate, 300)
     assert target.base_entry == f"more>linux-{OWN}"
     assert target.needs_initrd
+
+
+def test_a_small_boot_partition_will_do_for_a_kernel_that_gets_no_initial_ram_disk(survey: dict[str, Any]) -> None:
+    survey |= {"boot_free": 20 << 20, "boot_is_root": False, "var_free": 20 << 20, "var_is_root": False}
+    assert check("vm", survey, PLAIN, 300).needs_initrd, "the host's own kernel has one"
 
 
 def test_a_limit_that_leaves_time_to_boot_will_do(survey: dict[str, Any]) -> None:

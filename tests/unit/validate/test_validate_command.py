@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from tdxhw.cli import main
 from tdxhw.report.results import Result, Results, Status
+from tdxhw.validate import cli as command
 from tdxhw.validate.outcome import Outcome, Tried
-from tests.unit.abi.samples import RELEASE, bzimage, vmlinux
+from tests.unit.abi.samples import BUILD_ID, RELEASE, bzimage, vmlinux
 
 LAB = "host:\n  name: vm\n  ssh: root@127.0.0.1\n"
 
@@ -34,7 +37,7 @@ def arguments(folder: Path, **changes: str | None) -> list[str]:
         "--lab": "vm", "--labs": str(folder / "labs"), "--kernel": str(folder / "bzImage"), "--modules": "none",
         "--baseline": str(folder / "base.jsonl"), "--out": str(folder / "out"),
     }  # fmt: skip
-    given |= {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    given |= {("-k" if name == "k" else f"--{name.replace('_', '-')}"): value for name, value in changes.items()}
     return ["validate", *[word for name, value in given.items() if value is not None for word in (name, value)]]
 
 
@@ -57,6 +60,7 @@ MISTAKES: list[tuple[dict[str, str | None], str]] = [
     ({"suites": "nowhere.py"}, "no file nowhere.py"),
     ({"suites": "kvm_device"}, "has no result from hardware of kvm_device"),
     ({"promise": "nonsense"}, "'nonsense'"),
+    ({"k": "a and"}, "-k 'a and': pytest says: Wrong expression passed to '-k'"),
 ]
 
 
@@ -93,6 +97,28 @@ def test_json_is_one_document_on_stdout(files: Path, capsys: pytest.CaptureFixtu
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((files / "out/outcome.json").read_text())
     assert document["line"].startswith("INCONCLUSIVE")
+    assert (document["kernel"], document["build_id"]) == (RELEASE, BUILD_ID.hex())
+
+
+def test_two_validations_that_begin_in_the_same_second_have_a_folder_each(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    (files / "labs/vm.yaml").write_text(LAB.replace("root@127.0.0.1", "ssh://root@127.0.0.1:1"))
+
+    class Stopped(datetime):
+        """A clock that stands still."""
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(2026, 11, 23, 20, 0, 0, tzinfo=tz)
+
+    monkeypatch.setattr(command, "datetime", Stopped)
+    for _ in range(3):
+        assert main(arguments(files, out=None)) == 125
+    name = "validate-vm-20261123-200000"
+    assert sorted(path.name for path in files.glob("validate-*")) == [name, f"{name}-2", f"{name}-3"]
+    assert len(list(files.glob("validate-*/outcome.json"))) == 3
 
 
 # ---- what the last line is made of ----

@@ -143,6 +143,26 @@ def test_a_failure_whose_tries_were_cut_short_is_no_regression_unless_it_took_th
     assert told is (verdict is Verdict.INCONCLUSIVE)
 
 
+@pytest.mark.parametrize("lag_s", [0.0, 9.0, 60.0])
+def test_what_a_slow_console_says_at_the_very_end_of_the_suites_is_still_heard(folder: Path, lag_s: float) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.has_console = True
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        lab.console_lag_s = lag_s
+        lab.say("[  899.000000] WARNING: CPU: 1 PID: 7 at x.c:1 f+0x1/0x2", "[  899.000001] ---[ end trace 0 ]---")
+        return original(*arguments)  # type: ignore[arg-type]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    before = lab.clock.now()
+    outcome, _ = validate(lab, folder)
+    assert lab.clock.now() - before < 200, "nobody waits for ever"
+    heard = lag_s < 15
+    assert outcome.verdict is (Verdict.REGRESSED if heard else Verdict.GOOD)
+    assert [finding.kind for tried in outcome.tried for finding in tried.findings] == ["warning"] * heard
+
+
 def test_a_flake_is_told_and_is_no_regression(folder: Path) -> None:
     lab = SimulatedLab(folder / "host")
     lab.tests = {"a": [Status.FAIL, Status.PASS]}
@@ -284,6 +304,16 @@ def test_a_parameter_that_has_not_taken_effect_is_no_good_verdict(
     assert outcome.line == (head + told if told else f"GOOD linux {NEW} on vm: 1 passed, 0 regressions, 0 flaky")
 
 
+def test_parameters_take_effect_where_the_host_s_own_command_line_ends_with_words_for_init(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.debian.arguments = "root=/dev/sda1 ro -- single"
+    lab.debian.update_grub()
+    before = lab.debian.snapshot()
+    outcome, said = validate(lab, folder, matrix=[{"kvm_intel.tdx": "N"}], command_line="quiet")
+    assert outcome.verdict is Verdict.GOOD, said
+    assert_as_it_was(lab, before)
+
+
 def test_results_of_another_kernel_do_not_count(folder: Path) -> None:
     lab = SimulatedLab(folder / "host")
     original = lab.run_suites
@@ -344,6 +374,38 @@ def test_a_host_whose_power_went_under_a_test_is_switched_on_at_once_one_that_ha
     assert done == [Rescue.NOTHING, Rescue.SWITCHED_ON, Rescue.NOTHING, Rescue.NOTHING, Rescue.RESET]
     assert lab.presses == ["on", "reset"]
     assert (outcome.verdict, outcome.state) == (Verdict.GOOD, State.RESTORED)
+
+
+def test_a_package_for_which_nothing_makes_an_initial_ram_disk_is_no_verdict_about_its_kernel(folder: Path) -> None:
+    """It would panic for want of its root, and be called a regression."""
+    lab = SimulatedLab(folder / "host")
+    lab.debian.has_initramfs_hook = False
+    before = lab.debian.snapshot()
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert f"nothing made an initial RAM disk for {NEW}" in outcome.line
+    assert lab.boots == 0
+    assert_as_it_was(lab, before)
+
+
+def test_a_kernel_that_reads_no_initial_ram_disk_is_booted_without(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    plan = plan_for(folder)
+    plan = replace(plan, candidate=replace(plan.candidate, reads_initrd=False))
+    lab.debian.arguments = "root=UUID=12 ro"
+    lab.debian.update_grub()
+    booted: list[str] = []
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        booted.append(lab.cmdline)
+        assert f"initrd.img-{NEW}" not in lab.debian.file("boot/grub/custom.cfg").read_text()
+        return original(*arguments)  # type: ignore[arg-type]
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome = Validation(plan, lab, print).run()
+    assert outcome.verdict is Verdict.GOOD, outcome.problems
+    assert "root=PARTUUID=12-01" in booted[0], "without one it cannot look for a UUID"
 
 
 def test_a_program_that_fails_is_told_and_everything_before_it_is_undone(folder: Path) -> None:
@@ -435,3 +497,80 @@ def test_a_controller_that_dies_leaves_what_the_next_validation_rolls_back(at: i
         outcome, said = validate(lab, folder)
         assert outcome.verdict is Verdict.GOOD, said
         assert_as_it_was(lab, before, said)
+
+
+@given(at=st.integers(0, MOST_OPERATIONS), kernel=st.sampled_from(Kernel), has_power=st.booleans())
+@settings(max_examples=120, deadline=None)
+def test_a_host_that_somebody_else_has_by_now_is_left_alone_and_can_be_recovered_later(
+    at: int, kernel: Kernel, has_power: bool
+) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
+        folder = Path(name)
+        lab = SimulatedLab(folder / "host", kernel=kernel, has_power=has_power)
+        before = lab.debian.snapshot()
+        original = lab.happens
+
+        def happens() -> bool:
+            lab.is_lost |= lab.operations == at
+            return original()
+
+        lab.happens = happens  # type: ignore[method-assign]
+
+        def pressed(press: Callable[[], None]) -> None:
+            assert not lab.is_lost, "its power is the other's to switch"
+            press()
+
+        for button in ("on", "off", "reset"):
+            setattr(lab, button, partial(pressed, getattr(lab, button)))
+        outcome, said = validate(lab, folder)
+        if at >= lab.operations:
+            return
+        assert lab.operations == at + 1, "nothing more was done to it"
+        if outcome.state is not State.RESTORED:  # else it was over just then
+            assert outcome.verdict is not Verdict.GOOD
+            told = sum("vm is taken by bob@ws pid 7" in problem for problem in outcome.problems)
+            assert told == 1 or outcome.state is State.STRANDED, "it may not have answered from then on"
+
+        # Whoever has it rolls back, or we do once it is free.
+        lab.is_lost, lab.happens = False, original  # type: ignore[method-assign]
+        lab.clock.sleep(1000)
+        if not lab.is_up:
+            lab.reset()
+            lab.clock.sleep(100)
+        assert recover("vm", lab, 100, said.append) == [], said
+        assert_as_it_was(lab, before, said)
+
+
+def test_what_the_console_says_when_somebody_else_has_the_host_is_not_held_against_the_kernel(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    lab.has_console = True
+    original = lab.run_suites
+
+    def run_suites(*arguments: object) -> list[str]:
+        problems = original(*arguments)  # type: ignore[arg-type]
+        lab.is_lost = True
+        lab.say("[  899.000000] WARNING: CPU: 1 PID: 7 at x.c:1 f+0x1/0x2", "[  899.000001] ---[ end trace 0 ]---")
+        return problems
+
+    lab.run_suites = run_suites  # type: ignore[assignment,method-assign]
+    outcome, _ = validate(lab, folder)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert [finding for tried in outcome.tried for finding in tried.findings] == []
+    assert lab.boots == 1, "it is left as it is"
+
+
+def test_it_is_asked_whose_the_host_is_right_before_it_is_taken_down_or_changed_back(folder: Path) -> None:
+    lab = SimulatedLab(folder / "host")
+    asked_before: list[int] = []
+    original = lab.boot
+
+    def boot() -> None:
+        asked_before.append(lab.asked)
+        original()
+
+    lab.boot = boot  # type: ignore[method-assign]
+    validate(lab, folder)
+    there, back = asked_before
+    assert there >= 1
+    assert back > there + 1, "once for the connection to the candidate, once more before it is left"
+    assert lab.asked > back + 1, "and before its changes are undone"
