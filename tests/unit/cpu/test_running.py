@@ -11,11 +11,17 @@ from hypothesis import strategies as st
 from sim_backend.cpu import unicorn_engine, unicorn_internals, unicorn_layout
 from sim_backend.cpu.engine import ExitReason
 from sim_backend.cpu.errors import EngineError, EngineSelfTestError
+from sim_backend.cpu.ticker import TICKER
 from sim_backend.hw.gprs import RAX, RBX, RCX, RSP
 from sim_backend.hw.memory import PhysicalMemory
 
 CODE = 0x2000
 ENDLESS = "48ffc3 ebfb"  # INC RBX; JMP back
+
+
+@pytest.fixture(autouse=True)
+def ticker_watches(machine: Any) -> None:
+    TICKER.watch(machine.cpu)
 
 
 def test_a_kick_before_the_run_ends_it_at_once(machine: Any) -> None:
