@@ -100,6 +100,21 @@ class Irqchip:
             source=source,
         )
 
+    def send_pv_ipi(self, bitmaps: Sequence[int], first: int, icr: int, *, bits: int = 64) -> int:
+        """Send the IPI of `icr` to the APIC ids that the bitmaps of `bits` each name, from `first` on.
+
+        Return how many took it (`__pv_send_ipi()`); the checks of the hypercall are the caller's.
+        """
+        level, trigger_level = bool(icr >> 14 & 1), bool(icr >> 15 & 1)
+        taken = 0
+        for word, bitmap in enumerate(bitmaps):
+            begin = first + word * bits & 0xFFFF_FFFF
+            for bit in range(bits):
+                apic = self.physical_apic(begin + bit) if bitmap >> bit & 1 else None
+                if apic is not None:
+                    taken += apic.accept(icr >> 8 & 7, icr & 0xFF, level=level, trigger_level=trigger_level)
+        return taken
+
     def send_msi(self, address_lo: int, address_hi: int, data: int, *, level: bool = True) -> int:
         """Deliver an MSI. Raise ``Errno(EINVAL)`` where the 32-bit id format is broken."""
         if self.vm.x2apic_32bit_ids and address_hi & 0xFF:

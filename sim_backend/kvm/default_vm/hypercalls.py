@@ -121,13 +121,7 @@ def _send_ipi(vcpu: "Vcpu", args: list[int], bits: int) -> int:
         return -errno.EINVAL
     if irqchip is None:
         return -errno.EOPNOTSUPP
-    bitmap, taken = low | high << bits, 0
-    for bit in range(2 * bits):
-        target = irqchip.physical_apic((first & _U32) + bit) if bitmap >> bit & 1 else None
-        if target is not None:
-            level, by_level = bool(icr >> 14 & 1), bool(icr >> 15 & 1)
-            taken += target.accept(icr >> 8 & 7, icr & 0xFF, level=level, trigger_level=by_level)
-    return taken
+    return irqchip.send_pv_ipi((low, high), first, icr, bits=bits)
 
 
 def _finish(vcpu: "Vcpu", cpu: Cpu, result: int, mask: int) -> bool:

@@ -31,8 +31,6 @@ KVM_ENOSYS: Final = 1000
 _U64: Final = (1 << 64) - 1
 _CLOCK_PAIRING: Final = struct.Struct("<qqQI36x")
 _ICR_DESTINATION_AND_SHORTHAND: Final = 0xC0000 | 1 << 11
-_APIC_MODE: Final = 0x700
-_BITMAP_BITS: Final = 64
 _KVM_CPUID_FEATURES: Final = 0x4000_0001
 _PV_FEATURES: Final[Mapping[int, int]] = MappingProxyType(
     {KVM_HC_KICK_CPU: 7, KVM_HC_SEND_IPI: 11, KVM_HC_SCHED_YIELD: 13}  # KVM_FEATURE_PV_UNHALT, _SEND_IPI, _SCHED_YIELD
@@ -105,15 +103,7 @@ def _send_ipi(vcpu: "Vcpu", regs: list[int]) -> int:
     icr = regs[R14]
     if irqchip is None or icr & _ICR_DESTINATION_AND_SHORTHAND:
         return -KVM_EINVAL
-    count = 0
-    for word, bitmap in enumerate((regs[R11], regs[R12])):
-        first = (regs[R13] + word * _BITMAP_BITS) & 0xFFFF_FFFF
-        for bit in range(_BITMAP_BITS):
-            target = irqchip.physical_apic(first + bit) if bitmap >> bit & 1 else None
-            if target is not None:
-                level, by_level = bool(icr >> 14 & 1), bool(icr >> 15 & 1)
-                count += target.accept((icr & _APIC_MODE) >> 8, icr & 0xFF, level=level, trigger_level=by_level)
-    return count
+    return irqchip.send_pv_ipi((regs[R11], regs[R12]), regs[R13], icr)
 
 
 def _clock_pairing(vcpu: "Vcpu", regs: list[int]) -> int:

@@ -6,7 +6,6 @@ import struct
 import threading
 import time
 
-from sim_backend.machine import Machine
 from tests.unit.kvm.tdx.guest_code import R8, R9, RAX, RBX, RCX, RSI, TDCALL, TDG_MEM_PAGE_ACCEPT, Program
 from tests.unit.kvm.tdx.vmm import PRIVATE, TestTd
 from uapi_ctypes.errors import KvmError
@@ -31,7 +30,7 @@ def accept_for_ever() -> Program:
     return program.raw(b"\xe9" + struct.pack("<i", outer - (len(program.code) + 5)))
 
 
-def test_faults_race_with_holes_and_conversions_and_nothing_is_lost(td: TestTd, machine: Machine) -> None:
+def test_faults_race_with_holes_and_conversions_and_nothing_is_lost(td: TestTd) -> None:
     td.build(accept_for_ever(), n_vcpus=N_VCPUS)
     rounds = [0] * N_VCPUS
     failures: list[str] = []
@@ -63,11 +62,6 @@ def test_faults_race_with_holes_and_conversions_and_nothing_is_lost(td: TestTd, 
             td.vm.set_memory_attributes(gpa, 4 * PAGE, 0)
             td.vm.set_memory_attributes(gpa, 4 * PAGE, PRIVATE)
     stop.set()
-    for vcpu in td.vcpus:
-        vcpu.kvm_run.immediate_exit = 1
-    machine.host.vms[-1].kick_all()
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
+    td.end_runs(threads)
     assert failures == []
     assert all(rounds), rounds

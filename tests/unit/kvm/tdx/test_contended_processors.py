@@ -43,12 +43,7 @@ def test_a_zap_gets_a_processor_while_all_of_them_fault(td: TestTd, machine: Mac
             thread.start()
         time.sleep(1)
         stop.set()
-        for vcpu in td.vcpus:
-            vcpu.kvm_run.immediate_exit = 1
-        machine.host.vms[-1].kick_all()
-        for thread in threads:
-            thread.join(10)
-        assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
+        td.end_runs(threads)
     finally:
         for lp in range(online, machine.lps.count):
             machine.lps.set_online(lp, online=True)

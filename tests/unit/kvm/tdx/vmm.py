@@ -2,7 +2,8 @@
 
 import ctypes
 import mmap
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 from sim_backend.kvm.tdx.ops import TdxOps
@@ -193,6 +194,15 @@ class TestTd:
     @property
     def vcpu(self) -> Vcpu:
         return self.vcpus[0]
+
+    def end_runs(self, threads: Sequence[threading.Thread]) -> None:
+        """Kick the vCPUs out of KVM_RUN and see to it that the threads that ran them, and others, end in 10 s each."""
+        for vcpu in self.vcpus:
+            vcpu.kvm_run.immediate_exit = 1
+        self.machine.host.vms[-1].kick_all()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads), "a thread is stuck"
 
     def run(self, vcpu: Vcpu | None = None) -> int:
         """Run to the next exit that is not a report; reported values are collected in `reported`."""
